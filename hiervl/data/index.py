@@ -1,0 +1,141 @@
+"""The list of a data set's images, as packed bytes.
+
+Unlabelled pools have up to 10^7 images. One Python object per image would cost
+gigabytes, and in forked workers every reference count written to it would copy
+its page. Here the whole list is one ``bytes`` and one array of offsets.
+"""
+
+import array
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from ..errors import UserError
+
+
+class PackedIndex(Sequence):
+    """(image, mask or nothing) pairs; item i is a Detectron2 record.
+
+    ``index[i]`` is ``{"file_name", "sem_seg_file_name", "image_id"}`` with paths
+    joined to ``root``; ``sem_seg_file_name`` is absent when the image has no
+    mask, ``image_id`` is the image's path as the list gives it. Picklable, and
+    shared between forked workers without copying.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]], root: str) -> None:
+        """
+        Args:
+            pairs: (image, mask) paths relative to ``root``; mask ``""`` for none.
+            root: folder that the paths are joined to.
+        """
+        self.root = os.fspath(root)
+        packed, offsets = bytearray(), array.array("q", [0])
+        for image, mask in pairs:
+            packed += f"{image}\t{mask}".encode()
+            offsets.append(len(packed))
+        self._packed = bytes(packed)
+        self._offsets = np.frombuffer(offsets, dtype=np.int64)
+
+    @classmethod
+    def from_list_file(cls, path: str, root: str, need_mask: bool = False) -> "PackedIndex":
+        """Reads a list file: per line ``image`` or ``image mask``, relative to ``root``.
+
+        Names that contain spaces are separated by a tab (``my image.jpg<TAB>``
+        for one without a mask). Empty lines are skipped. No image is opened.
+
+        Raises:
+            UserError: the file is missing, empty or not text; a line has more
+                than two names, or names an image a second time, or (with
+                ``need_mask``) has no mask.
+        """
+        numbers, hashes = array.array("q"), array.array("q")
+
+        def pairs() -> Iterator[tuple[str, str]]:
+            for number, image, mask in _read_lines(path):
+                if need_mask and not mask:
+                    raise UserError(
+                        f"{path}, line {number}: labelled image '{image}' has no mask; "
+                        "write 'image mask', or move the line to the unlabelled list"
+                    )
+                numbers.append(number)
+                hashes.append(hash(image))
+                yield image, mask
+
+        index = cls(pairs(), root)
+        if not len(index):
+            raise UserError(f"{path} is empty; it needs one 'image mask' or 'image' per line")
+        index._check_unique(path, np.frombuffer(hashes, np.int64), numbers)
+        return index
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        image, mask = self.names(i)
+        record = {"file_name": os.path.join(self.root, image), "image_id": image}
+        if mask:
+            record["sem_seg_file_name"] = os.path.join(self.root, mask)
+        return record
+
+    def names(self, i: int) -> tuple[str, str]:
+        """(image, mask) of entry i as the list gives them; mask ``""`` for none."""
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"entry {i} of an index of {n}")
+        i %= n
+        image, mask = self._packed[self._offsets[i] : self._offsets[i + 1]].decode().split("\t")
+        return image, mask
+
+    def all_names(self) -> Iterator[tuple[str, str]]:
+        """(image, mask) of every entry, in order."""
+        return map(self.names, range(len(self)))
+
+    def without(self, other: "PackedIndex") -> "PackedIndex":
+        """The entries whose image is not in ``other`` (the smaller of the two)."""
+        taken = {image for image, _ in other.all_names()}
+        return PackedIndex((pair for pair in self.all_names() if pair[0] not in taken), self.root)
+
+    def __repr__(self) -> str:
+        return f"PackedIndex({len(self)} images under {self.root})"
+
+    def _check_unique(self, path: str, hashes: np.ndarray, numbers: Sequence[int]) -> None:
+        """Raises UserError at the first image that is listed twice."""
+        # Sorting 64-bit hashes takes a tenth of the memory of a set of names;
+        # equal hashes are then compared as text.
+        order = np.argsort(hashes, kind="stable")
+        for k in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
+            first, second = int(order[k]), int(order[k + 1])
+            if self.names(first)[0] == self.names(second)[0]:
+                raise UserError(
+                    f"{path}, line {numbers[second]}: '{self.names(second)[0]}' stands in "
+                    f"line {numbers[first]} already; remove one of the two"
+                )
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, image, mask or "") of every line that is not empty."""
+    try:
+        # utf-8-sig: editors on Windows put a byte-order mark before the first name.
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, *_split_line(line.rstrip("\r\n"), f"{path}, line {number}")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the list {path} ({error.strerror}); see datasets/README.md for the lists of each data set"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save the list as UTF-8") from None
+
+
+def _split_line(line: str, place: str) -> tuple[str, str]:
+    """(image, mask or "") of one line; ``place`` names it in errors."""
+    # Without a tab, names end at whitespace, as in the published lists.
+    words = [w.strip() for w in line.split("\t")] if "\t" in line else line.split()
+    if len(words) > 2 or not words[0]:
+        raise UserError(
+            f"{place}: expected 'image mask' or 'image', found {len(words)} names; put a tab "
+            "between image and mask where a name contains spaces"
+        )
+    return words[0], words[1] if len(words) == 2 else ""

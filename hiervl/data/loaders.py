@@ -1,0 +1,296 @@
+"""Data loaders. Training data are one map from the iteration's number to this rank's samples.
+
+Item i of :class:`SemiSupervisedBatches` depends on (seed, i, global slot) alone: to resume is to start at i,
+and one GPU or eight see the same global batches.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from .augmentation import cutmix_box
+from .datasets import check_dataset, count_pixels, data_root, dataset_index, dataset_root
+from .mapper import TestMapper, TrainMapper
+from .randomness import rng
+from .rare_class import RareClassSampler
+from .splits import load_split
+
+_SPOT_CHECK = 64  # unlabelled images looked at when training starts
+_TEST_CHECK = 1000  # images and masks looked at before evaluation; the evaluator meets the rest
+
+
+class SemiSupervisedBatches(Dataset):
+    """``batches[iteration]`` -> ``{"labeled": [sample], "unlabeled": [sample]}`` of one rank.
+
+    Labelled samples are those of :meth:`TrainMapper.labeled`, unlabelled ones those of
+    :meth:`TrainMapper.unlabeled` with
+
+    - ``cutmix_box``: per strong view (y0, x0, y1, x1) or None. Strong views come *before* CutMix: the trainer
+      pastes images, label maps and validity alike.
+    - ``partner``: position, in this list, of the sample that the box is taken from. Global slots are paired
+      (0, 1), (2, 3), ...; in an odd batch the last one takes the one before it; a batch of one has no boxes.
+
+    A partner that belongs to another rank is loaded here too, behind this rank's own samples, with
+    ``partner`` None and ``extra`` True.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        labeled: Sequence[dict],
+        unlabeled: Sequence[dict],
+        mapper: TrainMapper,
+        *,
+        seed: int,
+        max_iter: int,
+        labeled_per_batch: int,
+        unlabeled_per_batch: int = 0,
+        strong_views: int = 1,
+        cutmix_prob: float = 0.5,
+        measure: bool = False,
+        rare_class: RareClassSampler | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            labeled, unlabeled: records; each list is repeated endlessly, every epoch in a new order.
+            mapper: makes the samples.
+            seed: of every draw.
+            max_iter: number of items.
+            labeled_per_batch, unlabeled_per_batch: global, over all ranks; 0 unlabelled is supervised.
+            strong_views: per unlabelled sample.
+            cutmix_prob: how often a strong view has a box.
+            measure: add the masks of unlabelled images, where there are any, for logging.
+            rare_class: draws the labelled images instead of the epoch's order.
+            rank, world_size: this process and their number.
+        """
+        sizes = {"SOLVER.IMS_PER_BATCH": labeled_per_batch, "SEMI.UNLABELED_PER_BATCH": unlabeled_per_batch}
+        for key, count in sizes.items():
+            if count % world_size or count < 0:
+                raise UserError(f"{key} is {count}; it must be a multiple of the {world_size} processes")
+        if not len(labeled) or (unlabeled_per_batch and not len(unlabeled)):
+            raise UserError(f"nothing to train on: {len(labeled)} labelled and {len(unlabeled)} unlabelled images")
+        self.labeled, self.unlabeled, self.mapper = labeled, unlabeled, mapper
+        self.seed, self.max_iter = seed, max_iter
+        self.labeled_per_batch, self.unlabeled_per_batch = labeled_per_batch, unlabeled_per_batch
+        self.strong_views, self.cutmix_prob, self.measure = strong_views, cutmix_prob, measure
+        self.rare_class = rare_class
+        self.rank, self.world_size = rank, world_size
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Reads the split and checks its images."""
+        if cfg.SEED < 0:
+            raise UserError(f"SEED is {cfg.SEED}; it must be 0 or more, since every draw is a function of it")
+        if len(cfg.DATASETS.TRAIN) != 1:
+            raise UserError(f"DATASETS.TRAIN is {cfg.DATASETS.TRAIN}; name one data set")
+        labeled, unlabeled = _split_from_config(cfg)
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
+        check_dataset(labeled, num_classes, ignore)
+        if cfg.SEMI.UNLABELED_PER_BATCH:
+            check_dataset(unlabeled, num_classes, ignore, sample=_SPOT_CHECK, masks=False)
+        rare = cfg.SEMI.RARE_CLASS
+        return {
+            "labeled": labeled,
+            "unlabeled": unlabeled,
+            "mapper": TrainMapper(cfg, ignore_label=ignore),
+            "seed": cfg.SEED,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+            "labeled_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+            "unlabeled_per_batch": cfg.SEMI.UNLABELED_PER_BATCH,
+            "strong_views": cfg.SEMI.STRONG_VIEWS,
+            "cutmix_prob": cfg.SEMI.CUTMIX_PROB,
+            "measure": cfg.SEMI.MEASURE,
+            "rare_class": RareClassSampler(count_pixels(labeled, num_classes), rare.TEMPERATURE, rare.MIN_PIXELS)
+            if rare.ENABLED
+            else None,
+            "rank": comm.get_rank(),
+            "world_size": comm.get_world_size(),
+        }
+
+    def __len__(self) -> int:
+        return self.max_iter
+
+    def __getitem__(self, iteration: int) -> dict[str, list[dict]]:
+        if not 0 <= iteration < self.max_iter:
+            raise IndexError(f"iteration {iteration} of {self.max_iter}")
+        labeled = [self._labeled(iteration, slot) for slot in self._slots(self.labeled_per_batch)]
+        return {"labeled": labeled, "unlabeled": self._unlabeled_list(iteration)}
+
+    def _slots(self, per_batch: int) -> range:
+        """This rank's block of the global batch."""
+        per_rank = per_batch // self.world_size
+        return range(self.rank * per_rank, (self.rank + 1) * per_rank)
+
+    def _labeled(self, iteration: int, slot: int) -> dict:
+        crop_rng = rng(self.seed, iteration, slot, "labeled/crop")
+        if self.rare_class is None:
+            record = self._pick(self.labeled, iteration * self.labeled_per_batch + slot, "labeled/order")
+            return self.mapper.labeled(record, crop_rng)
+        image, wanted = self.rare_class.draw(rng(self.seed, iteration, slot, "labeled/rare"))
+        return self.mapper.labeled(self.labeled[image], crop_rng, want=(wanted, self.rare_class.min_pixels))
+
+    def _unlabeled_list(self, iteration: int) -> list[dict]:
+        total = self.unlabeled_per_batch
+        slots = list(self._slots(total))
+        partners = [_partner(slot, total) for slot in slots]
+        extras = sorted(set(partners) - set(slots))
+        position = {slot: i for i, slot in enumerate(slots + extras)}
+        samples = [self._unlabeled(iteration, slot) for slot in position]
+        for sample, slot, partner in zip(samples, slots, partners):
+            sample["partner"] = position[partner]
+            sample["cutmix_box"] = self._boxes(iteration, slot) if partner != slot else [None] * self.strong_views
+        for sample in samples[len(slots) :]:
+            sample.update(partner=None, cutmix_box=[None] * self.strong_views, extra=True)
+        return samples
+
+    def _unlabeled(self, iteration: int, slot: int) -> dict:
+        record = self._pick(self.unlabeled, iteration * self.unlabeled_per_batch + slot, "unlabeled/order")
+        strong = [rng(self.seed, iteration, slot, f"unlabeled/strong{v}") for v in range(self.strong_views)]
+        return self.mapper.unlabeled(record, rng(self.seed, iteration, slot, "unlabeled/crop"), strong, self.measure)
+
+    def _boxes(self, iteration: int, slot: int) -> list[tuple[int, int, int, int] | None]:
+        return [
+            cutmix_box(
+                rng(self.seed, iteration, slot, f"unlabeled/cutmix{v}"), *self.mapper.crop_size, self.cutmix_prob
+            )
+            for v in range(self.strong_views)
+        ]
+
+    def _pick(self, records: Sequence[dict], position: int, stream: str) -> dict:
+        """The record at ``position`` of the endlessly repeated, every time re-ordered list."""
+        epoch, i = divmod(position, len(records))
+        return records[int(_order(self.seed, epoch, len(records), stream)[i])]
+
+
+def _partner(slot: int, total: int) -> int:
+    """The global slot that ``slot`` takes its CutMix box from."""
+    partner = slot ^ 1
+    return partner if partner < total else max(0, slot - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, length: int, stream: str) -> np.ndarray:
+    """An epoch's permutation. Cached: a batch asks for it once per sample and spans few epochs."""
+    return rng(seed, epoch, 0, stream).permutation(np.arange(length, dtype=np.int32))
+
+
+def _split_from_config(cfg):
+    name = cfg.DATASETS.TRAIN[0]
+    if not cfg.DATASETS.SPLIT:
+        raise UserError("DATASETS.SPLIT is empty; name a folder under DATASETS.SPLIT_ROOT, such as camvid/seed0/23")
+    # An empty SPLIT_ROOT is the data root: the splits of `shapes` are made beside its images.
+    split_dir = os.path.join(cfg.DATASETS.SPLIT_ROOT or data_root(), cfg.DATASETS.SPLIT)
+    pool = None
+    if not os.path.exists(os.path.join(split_dir, "unlabeled.txt")) and os.path.isdir(split_dir):
+        pool = dataset_index(name, cfg.DATASETS.SPLIT_ROOT)
+    return load_split(split_dir, dataset_root(name), pool)
+
+
+def _train_loader_from_config(cfg) -> dict:
+    return {"batches": SemiSupervisedBatches(cfg), "num_workers": cfg.DATALOADER.NUM_WORKERS}
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_train_loader(batches: SemiSupervisedBatches, *, start_iter: int = 0, num_workers: int = 0) -> DataLoader:
+    """Yields ``batches[start_iter]``, ``batches[start_iter + 1]``, ... to the last.
+
+    Call it ``build_train_loader(cfg, start_iter=i)`` or with plain arguments.
+    """
+    return _loader(batches, range(start_iter, len(batches)), num_workers, batch_size=None)
+
+
+class MappedIndex(Dataset):
+    """``mapper(index[i])`` as a map-style data set."""
+
+    def __init__(self, index: Sequence[dict], mapper: TestMapper) -> None:
+        self.index, self.mapper = index, mapper
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.mapper(self.index[i])
+
+
+def _test_loader_from_config(cfg, name: str) -> dict:
+    index = dataset_index(name, cfg.DATASETS.SPLIT_ROOT)
+    metadata = MetadataCatalog.get(name)
+    check_dataset(index, len(metadata.stuff_classes), metadata.ignore_label, sample=_TEST_CHECK)
+    return {
+        "index": index,
+        "mapper": TestMapper(cfg),
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "rank": comm.get_rank(),
+        "world_size": comm.get_world_size(),
+    }
+
+
+@configurable(from_config=_test_loader_from_config)
+def build_test_loader(
+    index: Sequence[dict], mapper: TestMapper, *, num_workers: int = 0, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """Yields lists of one sample; every image goes to exactly one rank (nothing is padded or seen twice).
+
+    Call it ``build_test_loader(cfg, "camvid_val")`` or with plain arguments.
+    """
+    share = range(len(index) * rank // world_size, len(index) * (rank + 1) // world_size)
+    return _loader(MappedIndex(index, mapper), share, num_workers, batch_size=1)
+
+
+def _loader(dataset: Dataset, sampler: range, num_workers: int, batch_size: int | None) -> DataLoader:
+    if num_workers:
+        _raise_file_limit()
+    return _Loader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=_as_is,
+        worker_init_fn=_init_worker,
+    )
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers' UserErrors stay one line."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A worker's exception arrives with its whole stack trace as the message.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("hiervl.errors.UserError: ")) from None
+
+
+def _as_is(batch):
+    return batch
+
+
+def _init_worker(worker: int) -> None:
+    """One thread per worker: parallelism comes from their number."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def _raise_file_limit() -> None:
+    """Every tensor in flight between worker and trainer holds a file descriptor; 1024 are soon used up."""
+    try:
+        import resource
+    except ImportError:  # Windows shares memory without descriptors
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,260 @@
+"""From a record to tensors: decode, scale, crop, flip, and for unlabelled images the strong views."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import configurable
+
+from ..errors import UserError
+from .augmentation import strong_view
+from .images import read_image, read_label
+
+_TRIES = 10  # how often a crop is re-drawn for its content
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Scale, crop and flip, drawn once and applied alike to image, label and views.
+
+    The crop is cut in the source image and then resized, so that the scaled image is never made.
+
+    Attributes:
+        window: (y, x, height, width) in the source image, pixels.
+        size: (height, width) of the resized window; smaller than the crop where the scaled image is.
+        scale: the factor that was drawn.
+        flip: mirror left and right.
+    """
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+    scale: float
+    flip: bool
+
+    @classmethod
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        source: tuple[int, int],
+        crop: tuple[int, int],
+        scale_range: tuple[float, float],
+        flip_prob: float,
+    ) -> "Geometry":
+        """Args: ``source`` and ``crop`` are (height, width), pixels."""
+        scale = rng.uniform(*scale_range)
+        start, extent, size = [], [], []
+        for full, wanted in zip(source, crop):
+            needed = max(1, round(wanted / scale))
+            taken = min(full, needed)
+            extent.append(taken)
+            start.append(int(rng.integers(full - taken + 1)))
+            size.append(wanted if taken == needed else min(wanted, max(1, round(full * scale))))
+        return cls((*start, *extent), tuple(size), scale, bool(rng.random() < flip_prob))
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """The window, neither resized nor flipped; a view."""
+        y, x, height, width = self.window
+        return array[y : y + height, x : x + width]
+
+    def apply(self, array: np.ndarray, nearest: bool = False) -> np.ndarray:
+        """The crop before padding, (*size) or (*size, 3). Labels need ``nearest``."""
+        result = resize(self.cut(array), self.size, nearest)
+        return result[:, ::-1] if self.flip else result
+
+
+def resize(array: np.ndarray, size: tuple[int, int], nearest: bool = False) -> np.ndarray:
+    """Resizes (H, W) or (H, W, 3) to ``size`` = (height, width)."""
+    if array.shape[:2] == tuple(size):
+        return array
+    if nearest:
+        # INTER_NEAREST would sample pixel corners: labels would shift against the image by half a pixel.
+        how = cv2.INTER_NEAREST_EXACT
+    else:
+        # Area averaging where the image shrinks, or fine texture turns into noise.
+        how = cv2.INTER_AREA if size[0] < array.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(array, (size[1], size[0]), interpolation=how)
+
+
+class TrainMapper:
+    """Makes training samples. Padding, at the right and below, is image value 0 and never valid."""
+
+    @configurable
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        flip_prob: float = 0.5,
+        ignore_label: int = 255,
+        cat_max_ratio: float = 1.0,
+        jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25),
+        grey_prob: float = 0.2,
+    ) -> None:
+        """
+        Args:
+            crop_size: (height, width) of every sample, pixels.
+            scale_range: smallest and largest factor on the image's size.
+            flip_prob: how often a sample is mirrored.
+            ignore_label: label of pixels without a class, and of padding.
+            jitter, grey_prob: strength of the strong views, see augmentation.strong_view.
+            cat_max_ratio: a labelled crop of which one class covers more than this share is drawn again
+                (up to 10 times); 1 is off.
+        """
+        if min(crop_size) < 1 or not 0 < scale_range[0] <= scale_range[1] or not 0 < cat_max_ratio <= 1:
+            raise UserError(
+                f"INPUT: crop size {tuple(crop_size)}, scale range {tuple(scale_range)} and largest class share "
+                f"{cat_max_ratio} do not go together; see configs/Base-HierVL.yaml"
+            )
+        self.crop_size = tuple(crop_size)
+        self.scale_range = tuple(scale_range)
+        self.flip_prob = flip_prob
+        self.ignore_label = ignore_label
+        self.cat_max_ratio = cat_max_ratio
+        self.jitter, self.grey_prob = tuple(jitter), grey_prob
+
+    @classmethod
+    def from_config(cls, cfg, ignore_label: int = 255) -> dict:
+        return {
+            "crop_size": cfg.INPUT.CROP_SIZE,
+            "scale_range": cfg.INPUT.SCALE_RANGE,
+            "flip_prob": cfg.INPUT.FLIP_PROB,
+            "ignore_label": ignore_label,
+            "cat_max_ratio": cfg.INPUT.CAT_MAX_RATIO,
+            "jitter": cfg.INPUT.COLOR_JITTER,
+            "grey_prob": cfg.INPUT.GREY_PROB,
+        }
+
+    def labeled(self, record: dict, rng: np.random.Generator, want: tuple[int, int] | None = None) -> dict:
+        """A labelled sample.
+
+        Args:
+            record: with ``file_name`` and ``sem_seg_file_name``.
+            rng: draws the geometry.
+            want: (class, pixels): draw the crop again until it holds so many pixels of the class.
+
+        Returns:
+            ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), False on padding;
+            ``file_name``, ``image_id``.
+        """
+        image, label = read_image(record["file_name"]), read_label(record["sem_seg_file_name"])
+        _same_size(image, label, record)
+        geometry = self._draw(rng, label.shape, lambda g: self._accepts(g, label, want))
+        return {
+            **_names(record),
+            "image": self._to_tensor(geometry.apply(image)),
+            "sem_seg": self._label_tensor(geometry.apply(label, nearest=True)),
+            "valid": self._valid(geometry),
+        }
+
+    def unlabeled(
+        self,
+        record: dict,
+        rng: np.random.Generator,
+        strong_rngs: Sequence[np.random.Generator],
+        measure: bool = False,
+    ) -> dict:
+        """An unlabelled sample; its mask file is opened only to ``measure``.
+
+        Args:
+            record: with ``file_name``.
+            rng: draws the geometry, which all views share.
+            strong_rngs: one generator per strong view.
+            measure: add ``measure_sem_seg`` int64 (h, w) where the record has a mask (for logging only).
+
+        Returns:
+            ``image`` uint8 (3, h, w), the weak view; ``strong``, a list of the same; ``valid`` bool (h, w),
+            False on padding; ``file_name``, ``image_id``.
+        """
+        image = read_image(record["file_name"])
+        geometry = self._draw(rng, image.shape[:2])
+        weak = geometry.apply(image)
+        sample = {
+            **_names(record),
+            "image": self._to_tensor(weak),
+            # Recoloured before padding: padding stays 0 and does not bleed in through the blur.
+            "strong": [self._to_tensor(strong_view(weak, r, self.jitter, grey_prob=self.grey_prob)) for r in strong_rngs],
+            "valid": self._valid(geometry),
+        }
+        if measure and "sem_seg_file_name" in record:
+            label = read_label(record["sem_seg_file_name"])
+            _same_size(image, label, record)
+            sample["measure_sem_seg"] = self._label_tensor(geometry.apply(label, nearest=True))
+        return sample
+
+    def _draw(
+        self,
+        rng: np.random.Generator,
+        source: tuple[int, int],
+        accepts: Callable[[Geometry], bool] = lambda geometry: True,
+    ) -> Geometry:
+        for _ in range(_TRIES):
+            geometry = Geometry.draw(rng, source, self.crop_size, self.scale_range, self.flip_prob)
+            if accepts(geometry):
+                break
+        return geometry
+
+    def _accepts(self, geometry: Geometry, label: np.ndarray, want: tuple[int, int] | None) -> bool:
+        if want is None and self.cat_max_ratio == 1:
+            return True
+        label = geometry.cut(label)
+        if want is not None:
+            pixels = np.count_nonzero(label == want[0]) * geometry.scale**2  # as they will be in the crop
+            if pixels < want[1]:
+                return False
+        counts = np.bincount(label[label != self.ignore_label])
+        return not counts.any() or counts.max() <= self.cat_max_ratio * counts.sum()
+
+    def _to_tensor(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 (h', w', 3) -> padded (3, h, w)."""
+        padded = np.zeros((3, *self.crop_size), np.uint8)
+        padded[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        return torch.from_numpy(padded)
+
+    def _label_tensor(self, label: np.ndarray) -> torch.Tensor:
+        """(h', w') -> padded int64 (h, w)."""
+        padded = np.full(self.crop_size, self.ignore_label, np.int64)
+        padded[: label.shape[0], : label.shape[1]] = label
+        return torch.from_numpy(padded)
+
+    def _valid(self, geometry: Geometry) -> torch.Tensor:
+        valid = torch.zeros(self.crop_size, dtype=torch.bool)
+        valid[: geometry.size[0], : geometry.size[1]] = True
+        return valid
+
+
+class TestMapper:
+    """Makes evaluation samples: the whole image, optionally resized; the label is left to the evaluator."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    @configurable
+    def __init__(self, short_side: int = 0) -> None:
+        """Args: ``short_side``: the image's shorter side is resized to so many pixels; 0 keeps its size."""
+        self.short_side = short_side
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return {"short_side": cfg.INPUT.TEST_SHORT_SIDE}
+
+    def __call__(self, record: dict) -> dict:
+        """Returns ``image`` uint8 (3, H', W') RGB; ``height``, ``width`` of the file; the record's keys."""
+        image = read_image(record["file_name"])
+        height, width = image.shape[:2]
+        if self.short_side:
+            factor = self.short_side / min(height, width)
+            image = resize(image, (round(height * factor), round(width * factor)))
+        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return {**record, "image": tensor, "height": height, "width": width}
+
+
+def _names(record: dict) -> dict:
+    return {key: record[key] for key in ("file_name", "image_id") if key in record}
+
+
+def _same_size(image: np.ndarray, label: np.ndarray, record: dict) -> None:
+    if image.shape[:2] != label.shape:
+        raise UserError(
+            f"{record['sem_seg_file_name']} is {label.shape[1]}x{label.shape[0]}, its image "
+            f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; make the mask the size of the image"
+        )

@@ -1,0 +1,313 @@
+"""`shapes`: a procedural data set, made in seconds from a seed, for the demo and the tests.
+
+Up to five textured objects per image, which may hide one another, on a background of gradients, noise, strokes
+and textured patches that belong to no class. A class is a colour and a shape ("red star"), so that its name means
+something; textures and shades are random and mean nothing. Ragged patches in the objects' own colours lie in the
+background, so that neither colour nor shape alone decides.
+
+Image i of a part is a function of (seed, part, i): a larger set begins with the smaller one.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+
+from ..errors import UserError
+from .datasets import TABLES, DatasetTable
+from .randomness import rng
+
+VERSION = 2  # raise it when the same parameters give other images
+MAX_OBJECTS = 5
+_FINE = 2  # objects are drawn at this multiple of the resolution and averaged: smooth edges
+_MANIFEST = "manifest.json"
+_FOLDERS = ("images", "masks", "instances", "splits")
+
+# A shape is where it is True in the square |u|, |v| <= 1 (u to the right, v upwards). A texture is the share of
+# its second colour, 0 to 1, at coordinates with a period of 2 * pi.
+Plane = Callable[[np.ndarray, np.ndarray], np.ndarray]
+SHAPES: dict[str, Plane] = {
+    "disc": lambda u, v: u**2 + v**2 < 1,
+    "triangle": lambda u, v: (v > -0.7) & (v + 1.75 * abs(u) < 1.05),
+    "star": lambda u, v: _star_radius(u, v) < 1,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) < 0.25,
+}
+TEXTURES: dict[str, Plane] = {
+    "plain": lambda a, b: np.zeros_like(a),
+    "striped": lambda a, b: np.sin(a) > 0,
+    "dotted": lambda a, b: np.cos(a) + np.cos(b) > 0.8,
+    "checkered": lambda a, b: np.sin(a) * np.sin(b) > 0,
+    "shaded": lambda a, b: (np.sin(a / 4) + 1) / 2,
+    # Grains without order: a hash of the cell that a point lies in.
+    "speckled": lambda a, b: np.sin(12.9898 * np.floor(2 * a) + 78.233 * np.floor(2 * b)) * 43758.5453 % 1 > 0.6,
+}
+
+
+def _star_radius(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Under 1 inside a five-pointed star: distance to the edge between a tip and the notch beside it."""
+    turn = 2 * np.pi / 5
+    angle = abs((np.arctan2(u, v) + turn / 2) % turn - turn / 2)  # from the nearest tip, 0 to 36 degrees
+    x, y = np.hypot(u, v) * (np.cos(angle), np.sin(angle))
+    notch_x, notch_y = 0.45 * np.cos(turn / 2), 0.45 * np.sin(turn / 2)
+    return x + y * (1 - notch_x) / notch_y
+
+
+# Hue in degrees, and by how much an object's may differ from it.
+COLOURS: dict[str, tuple[float, float]] = {
+    "red": (0, 8), "yellow": (55, 7), "green": (120, 15), "cyan": (182, 9), "blue": (232, 12), "pink": (318, 12),
+}
+
+
+def draw_scene(generator: np.random.Generator, size: int, classes: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """One image.
+
+    Args:
+        generator: draws everything.
+        size: height and width, pixels.
+        classes: class names; the first is the background, the others "colour shape".
+
+    Returns:
+        image uint8 (size, size, 3) RGB; class ids uint8 (size, size); instances uint8 (size, size), 0 where
+        there is no object, else 1, 2, ... in the order of drawing.
+    """
+    image = _background(generator, size)
+    ids = np.zeros((size, size), np.uint8)
+    instances = np.zeros((size, size), np.uint8)
+    for number in range(1, int(generator.integers(1, MAX_OBJECTS + 1)) + 1):
+        class_id = int(generator.integers(1, len(classes)))
+        colour, shape = classes[class_id].split()
+        radius = generator.uniform(0.17, 0.29) * size
+        place = _free_place(generator, radius, instances)
+        if place is None:
+            continue
+        covered = _paint(generator, image, SHAPES[shape], colour, radius, place)
+        ids[covered], instances[covered] = class_id, number
+    noise = generator.normal(0, generator.uniform(3, 9), image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), ids, instances
+
+
+def _free_place(generator: np.random.Generator, radius: float, instances: np.ndarray) -> tuple[int, int] | None:
+    """A centre (y, x) from which an object would leave at least half of every earlier one to be seen."""
+    size, reach = len(instances), round(radius)
+    areas = np.bincount(instances.ravel(), minlength=MAX_OBJECTS + 1)
+    for _ in range(10):
+        y, x = generator.integers(round(0.6 * reach), size - round(0.6 * reach), size=2)
+        under = instances[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach]
+        hidden = np.bincount(under.ravel(), minlength=MAX_OBJECTS + 1)
+        if (2 * hidden <= areas)[1:].all():
+            return int(y), int(x)
+    return None
+
+
+def _paint(
+    generator: np.random.Generator,
+    image: np.ndarray,
+    shape: Plane,
+    colour: str,
+    radius: float,
+    place: tuple[int, int],
+) -> np.ndarray:
+    """Draws one object into ``image`` (float32, in place) and returns the pixels that it covers, (H, W) bool."""
+    reach = int(np.ceil(radius)) + 1
+    side = 2 * reach
+    steps = (np.arange(side * _FINE, dtype=np.float32) + 0.5) / _FINE - reach
+    y, x = np.meshgrid(steps, steps, indexing="ij")  # pixels from the centre
+    u, v = _turned(x / radius, -y / radius, generator.uniform(-0.4, 0.4))
+    # The texture is turned on its own: the direction of its stripes tells nothing about the shape.
+    a, b = _turned(x, y, generator.uniform(0, np.pi))
+    period = radius * generator.uniform(0.4, 0.6)
+    a, b = (2 * np.pi / period * t + generator.uniform(0, 2 * np.pi) for t in (a, b))
+    texture = _any(generator, TEXTURES)
+    first, second = _two_shades(generator, colour)
+    colours = first + texture(a, b)[..., None].astype(np.float32) * (second - first)
+    alpha = cv2.resize(shape(u, v).astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
+    colours = cv2.resize(colours, (side, side), interpolation=cv2.INTER_AREA)
+    return _blend(image, colours, alpha, place, reach)
+
+
+def _blend(image: np.ndarray, colours: np.ndarray, alpha: np.ndarray, place: tuple[int, int], reach: int) -> np.ndarray:
+    """Lays a patch (2*reach, 2*reach) over ``image`` at its centre ``place``; what sticks out is cut off."""
+    height, width = image.shape[:2]
+    top, left = place[0] - reach, place[1] - reach
+    rows = slice(max(0, top), min(height, top + 2 * reach))
+    cols = slice(max(0, left), min(width, left + 2 * reach))
+    inner = slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left)
+    share = alpha[inner][..., None]
+    image[rows, cols] += share * (colours[inner] - image[rows, cols])
+    covered = np.zeros((height, width), bool)
+    covered[rows, cols] = alpha[inner] > 0.5
+    return covered
+
+
+def _background(generator: np.random.Generator, size: int) -> np.ndarray:
+    """Gradient, blotches, textured patches and strokes, float32 (size, size, 3): nothing that has a class."""
+    corners = generator.uniform(60, 195, (2, 2, 1)) + generator.uniform(-30, 30, (2, 2, 3))
+    blotches = generator.normal(0, 15, (size // 8 + 1, size // 8 + 1, 3)).astype(np.float32)
+    image = cv2.resize(corners.astype(np.float32), (size, size)) + cv2.resize(blotches, (size, size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(generator.integers(0, 4)):
+        # A patch has an object's texture and colour, but a ragged outline: the colour alone decides nothing.
+        centre = generator.uniform(0, size, 2)
+        bearings = np.sort(generator.uniform(0, 2 * np.pi, 7))
+        lengths = generator.uniform(0.03, 0.16, 7) * size
+        outline = centre + lengths[:, None] * np.stack([np.cos(bearings), np.sin(bearings)], axis=1)
+        mask = np.zeros((size, size), np.uint8)
+        cv2.fillPoly(mask, [outline.astype(np.int32)], 1)
+        y, x = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
+        a, b = (2 * np.pi / (size * generator.uniform(0.05, 0.13)) * t for t in _turned(x, y, generator.uniform(0, 3)))
+        pattern = _any(generator, TEXTURES)(a, b)
+        first, second = _two_shades(generator, list(COLOURS)[generator.integers(len(COLOURS))])
+        image[mask > 0] = (first + pattern[..., None] * (second - first))[mask > 0]
+    for _ in range(generator.integers(2, 6)):
+        ends = generator.integers(0, size, (2, 2)).tolist()
+        colour = generator.uniform(0, 255, 3).tolist()
+        cv2.line(image, *ends, colour, int(generator.integers(1, 4)), cv2.LINE_AA)
+    return image
+
+
+def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _any(generator: np.random.Generator, table: dict[str, Plane]) -> Plane:
+    return list(table.values())[generator.integers(len(table))]
+
+
+def _two_shades(generator: np.random.Generator, colour: str) -> tuple[np.ndarray, np.ndarray]:
+    """A light and a dark shade of a colour, float32 RGB: a texture must be visible."""
+    centre, spread = COLOURS[colour]
+    hue = (centre + generator.uniform(-spread, spread)) % 360
+    saturation = generator.uniform(0.65, 1)
+    values = generator.uniform(0.75, 1), generator.uniform(0.35, 0.55)
+    hsv = np.array([[[hue, saturation, value] for value in values]], np.float32)
+    light, dark = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]
+    return light, dark
+
+
+def generate(
+    root: str,
+    num_train: int = 1000,
+    num_val: int = 200,
+    size: int = 96,
+    seed: int = 0,
+    labeled: Sequence[int] = (25, 50, 100, 200),
+    split_seeds: Sequence[int] = (0,),
+) -> bool:
+    """Writes the data set to ``root``, unless it is there already with the same parameters.
+
+    Layout: ``{images,masks,instances}/{train,val}/00000.png``, ``train.txt``, ``val.txt``,
+    ``splits/seed{s}/{n}/{labeled,unlabeled}.txt`` and ``manifest.json``.
+
+    Args:
+        root: folder to write; only what this function once made is ever overwritten.
+        num_train, num_val: images.
+        size: height and width of an image, pixels.
+        seed: of the images.
+        labeled: numbers of labelled images, one split each; nested within a split seed.
+        split_seeds: which images are labelled is drawn anew for each.
+
+    Returns:
+        True if it was written, False if it was there.
+
+    Raises:
+        UserError: ``root`` holds something else; a split would label all images or none.
+    """
+    wanted = {
+        "version": VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "size": size,
+        "seed": seed,
+        "labeled": sorted(labeled),
+        "split_seeds": list(split_seeds),
+    }
+    if any(not 0 < n < num_train for n in labeled):
+        raise UserError(f"shapes: labelled counts {list(labeled)} must lie between 1 and {num_train - 1}")
+    manifest = read_manifest(root)
+    if manifest and manifest["parameters"] == wanted and manifest["digest"]:
+        return False
+    _clear(root, manifest)
+    # Without a digest the manifest says: ours, but not finished.
+    _write_manifest(root, wanted, checksum="")
+    classes = DatasetTable.from_file(TABLES / "shapes.yaml").classes
+    train = [_write_image(root, "train", i, seed, size, classes) for i in range(num_train)]
+    val = [_write_image(root, "val", i, seed, size, classes) for i in range(num_val)]
+    _write_list(os.path.join(root, "train.txt"), train)
+    _write_list(os.path.join(root, "val.txt"), val)
+    _write_splits(root, train, labeled, split_seeds)
+    _write_manifest(root, wanted, digest(root))
+    return True
+
+
+def read_manifest(root: str) -> dict | None:
+    """``{"parameters", "digest"}`` of a data set made earlier (digest "": not finished); None without one."""
+    path = os.path.join(root, _MANIFEST)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        return {key: manifest[key] for key in ("parameters", "digest")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a manifest of shapes; remove the folder {root}") from None
+
+
+def digest(root: str) -> str:
+    """sha256 over names and contents of every file of the data set."""
+    result = hashlib.sha256()
+    for folder in ("", *_FOLDERS):
+        for base, folders, files in os.walk(os.path.join(root, folder)):
+            folders[:] = sorted(folders) if folder else []
+            for name in sorted(files):
+                path = os.path.join(base, name)
+                if name != _MANIFEST:
+                    result.update(os.path.relpath(path, root).replace(os.sep, "/").encode())
+                    with open(path, "rb") as file:
+                        result.update(file.read())
+    return result.hexdigest()
+
+
+def _clear(root: str, manifest: dict | None) -> None:
+    """Removes an earlier data set; refuses to touch anything that the generator has not made."""
+    if manifest is None and os.path.isdir(root) and os.listdir(root):
+        raise UserError(f"{root} is not empty and has no {_MANIFEST} of shapes; choose another folder")
+    for name in _FOLDERS:
+        shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
+def _write_image(root: str, part: str, i: int, seed: int, size: int, classes: Sequence[str]) -> tuple[str, str]:
+    """Draws and writes one image with its masks; returns the two names for the lists."""
+    image, ids, instances = draw_scene(rng(seed, i, 0, f"shapes/{part}"), size, classes)
+    for folder, array in (("images", image[..., ::-1]), ("masks", ids), ("instances", instances)):
+        path = os.path.join(root, folder, part, f"{i:05d}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not cv2.imwrite(path, array, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+            raise UserError(f"cannot write {path}; is the disk full?")
+    return f"images/{part}/{i:05d}.png", f"masks/{part}/{i:05d}.png"
+
+
+def _write_splits(root: str, train: list, labeled: Sequence[int], split_seeds: Sequence[int]) -> None:
+    for split_seed in split_seeds:
+        shuffled = list(train)
+        random.Random(split_seed).shuffle(shuffled)
+        for n in labeled:
+            folder = os.path.join(root, "splits", f"seed{split_seed}", str(n))
+            _write_list(os.path.join(folder, "labeled.txt"), sorted(shuffled[:n]))
+            _write_list(os.path.join(folder, "unlabeled.txt"), sorted(shuffled[n:]))
+
+
+def _write_list(path: str, pairs: list[tuple[str, str]]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{image} {mask}\n" for image, mask in pairs)
+
+
+def _write_manifest(root: str, parameters: dict, checksum: str) -> None:
+    os.makedirs(root, exist_ok=True)
+    with open(os.path.join(root, _MANIFEST), "w", encoding="utf-8") as file:
+        json.dump({"parameters": parameters, "digest": checksum}, file, indent=2)

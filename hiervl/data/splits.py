@@ -1,0 +1,42 @@
+"""Labelled and unlabelled lists of a semi-supervised split."""
+
+import os
+
+from ..errors import UserError
+from .index import PackedIndex
+
+
+def load_split(split_dir: str, root: str, pool: PackedIndex | None = None) -> tuple[PackedIndex, PackedIndex]:
+    """Reads ``labeled.txt`` and ``unlabeled.txt`` of a split folder.
+
+    Args:
+        split_dir: the folder, such as ``datasets/splits/camvid/seed0/23``.
+        root: the data set's folder, which the lists are relative to.
+        pool: all training images. Where a published split has no
+            ``unlabeled.txt`` (COCO), the unlabelled images are the pool minus
+            the labelled ones.
+
+    Returns:
+        (labelled, unlabelled); every labelled entry has a mask.
+
+    Raises:
+        UserError: folder or list missing, a list empty or broken (see
+            :meth:`PackedIndex.from_list_file`), an image in both lists.
+    """
+    if not os.path.isdir(split_dir):
+        raise UserError(f"split folder {split_dir} does not exist; check DATASETS.SPLIT_ROOT and DATASETS.SPLIT")
+    unlabeled_file = os.path.join(split_dir, "unlabeled.txt")
+    labeled = PackedIndex.from_list_file(os.path.join(split_dir, "labeled.txt"), root, need_mask=True)
+    if pool is not None and not os.path.exists(unlabeled_file):
+        unlabeled = pool.without(labeled)
+        if not len(unlabeled):
+            raise UserError(f"{split_dir}: every image of the pool is labelled; none is left over")
+        return labeled, unlabeled
+    unlabeled = PackedIndex.from_list_file(unlabeled_file, root)
+    names = {image for image, _ in labeled.all_names()}
+    both = next((image for image, _ in unlabeled.all_names() if image in names), None)
+    if both is not None:
+        raise UserError(
+            f"'{both}' is in labeled.txt and in unlabeled.txt of {split_dir}; remove it from one of the two"
+        )
+    return labeled, unlabeled

@@ -1,0 +1,77 @@
+"""Evaluates student and teacher on every test set and keeps what matters of it: last and best."""
+import json
+import logging
+import math
+import os
+from collections import OrderedDict
+
+import detectron2.utils.comm as comm
+from detectron2.evaluation import inference_on_dataset
+
+from ..checkpoint import atomic_write
+from ..data.datasets import dataset_index
+from ..data.loaders import build_test_loader
+from .evaluator import SegmentationEvaluator
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """
+    Args:
+        cfg: reads DATASETS.TEST and OUTPUT_DIR.
+        models: {"student": network, "teacher": network}; results are reported for each.
+
+    Attributes:
+        results: {"last": {...}, "best": {...}}, each {"iteration", data set: {model: metrics}}; also in
+            OUTPUT_DIR/results.json. "Best" is chosen by the better of the models on the first test set, and is the
+            better for that choice: compare runs by "last".
+    """
+
+    def __init__(self, cfg, models: dict):
+        self.cfg = cfg
+        self.models = models
+        self.path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+        self.results = {}
+
+    def load(self):
+        """Take up the results of the run that is resumed."""
+        if os.path.isfile(self.path):
+            with open(self.path) as file:
+                self.results = json.load(file)
+
+    def run(self, iteration: int):
+        """Evaluate now. Returns (metrics {"data set/model": {...}}, whether this is the best so far)."""
+        entry, flat = {"iteration": iteration}, OrderedDict()
+        for name in self.cfg.DATASETS.TEST:
+            entry[name] = {}
+            for kind, model in self.models.items():
+                metrics = self._evaluate(model, name, os.path.join(self.cfg.OUTPUT_DIR, "inference", name, kind))
+                if metrics:  # the main process only
+                    entry[name][kind] = metrics
+                    flat[f"{name}/{kind}"] = metrics
+                    logger.info("%s, %s, iteration %d: mIoU %.2f (mean over the classes in the ground truth), "
+                                "ECE %.2f", name, kind, iteration, metrics["mIoU"], metrics["ECE"])
+        if not comm.is_main_process():
+            return {}, False
+        return flat, self._record(entry)
+
+    def _evaluate(self, model, name, output_dir):
+        loader = build_test_loader(self.cfg, name)
+        images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
+        evaluator = SegmentationEvaluator(name, output_dir, num_images=images)
+        results = inference_on_dataset(model, loader, evaluator)
+        # A class that does not occur has no IoU; JSON knows no NaN.
+        return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None
+
+    def _record(self, entry):
+        is_best = "best" not in self.results or self._score(entry) > self._score(self.results["best"])
+        self.results["last"] = entry
+        if is_best:
+            self.results["best"] = entry
+        with atomic_write(self.path, "w") as file:
+            json.dump(self.results, file, indent=1)
+        return is_best
+
+    def _score(self, entry):
+        return max(metrics["mIoU"] for metrics in entry[self.cfg.DATASETS.TEST[0]].values())

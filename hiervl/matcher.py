@@ -1,0 +1,70 @@
+"""Hungarian matching of instance queries to segments (DETR; costs as in Mask2Former), for all decoder layers and
+images at once: one cost tensor per image, one transfer to the host."""
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+
+_NEVER = 1e6  # stands in for a cost that is not finite
+
+
+def sigmoid_ce_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean binary cross-entropy of every pair: (..., N, P), (M, P), (P,) -> (..., N, M)."""
+    weight = weight / weight.sum().clamp(min=1e-6)
+    positive, negative = F.softplus(-logits) * weight, F.softplus(logits) * weight
+    return positive @ masks.t() + negative @ (1 - masks).t()
+
+
+def dice_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """1 - dice of every pair, add-one smoothed: (..., N, P), (M, P), (P,) -> (..., N, M)."""
+    probability = logits.sigmoid() * weight
+    overlap = 2 * probability @ masks.t()
+    total = probability.sum(-1, keepdim=True) + (masks * weight).sum(-1)
+    return 1 - (overlap + 1) / (total + 1)
+
+
+class HungarianMatcher:
+    """
+    Args:
+        class_weight, mask_weight, dice_weight: weights of the three costs.
+    """
+
+    def __init__(self, class_weight: float, mask_weight: float, dice_weight: float):
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+
+    @torch.no_grad()
+    def __call__(self, class_logits, mask_logits, segments, weight, labels):
+        """
+        Args:
+            class_logits: (L, B, N, K+1), of L predictions. mask_logits: (L, B, N, P), at P points of each image.
+            segments: (B, P) int64, the segment at each point. weight: (B, P) validity.
+            labels: B tensors (M_b,), the segments' classes.
+        Returns:
+            (prediction, image, query, segment): four int64 tensors (T,), one entry per matched pair. A pair
+            whose cost is not finite is never matched.
+        """
+        costs, shapes = [], []
+        for b, classes in enumerate(labels):
+            cost = self._cost(class_logits[:, b], mask_logits[:, b], segments[b], weight[b], classes)
+            costs.append(cost.flatten())
+            shapes.append(cost.shape)
+        host = torch.cat(costs).cpu().split([c.numel() for c in costs])
+        matched = []
+        for b, (cost, shape) in enumerate(zip(host, shapes)):
+            for layer, matrix in enumerate(cost.view(shape)):
+                matched += [(layer, b, q, s) for q, s in _assign(matrix)]
+        matched = torch.tensor(matched, dtype=torch.long).view(-1, 4).to(class_logits.device)
+        return matched.unbind(1)
+
+    def _cost(self, class_logits, mask_logits, segments, weight, classes):
+        """One image: (L, N, K+1), (L, N, P), (P,), (P,), (M,) -> (L, N, M)."""
+        masks = (segments[None] == torch.arange(len(classes), device=segments.device)[:, None]).to(mask_logits)
+        return (-self.class_weight * class_logits.softmax(-1)[..., classes]
+                + self.mask_weight * sigmoid_ce_cost(mask_logits, masks, weight)
+                + self.dice_weight * dice_cost(mask_logits, masks, weight))
+
+
+def _assign(cost):
+    """(N, M) -> list of (query, segment) of least total cost, without the pairs of non-finite cost."""
+    finite = torch.isfinite(cost)
+    queries, segments = linear_sum_assignment(torch.where(finite, cost, _NEVER).numpy())
+    return [(q, s) for q, s in zip(queries.tolist(), segments.tolist()) if finite[q, s]]

@@ -1,0 +1,104 @@
+"""The attention layer of the pixel decoder, with the weights' names of Mask2Former."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .function import ms_deform_attn
+
+
+def _level_sizes(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(L, 1, 2): width and height of each level, to turn pixels into fractions."""
+    # An inference tensor in the cache could not be used by a later training step.
+    with torch.inference_mode(False):
+        return torch.tensor([[[w, h]] for h, w in spatial_shapes], device=device, dtype=dtype)
+
+
+# The copy of a list to a GPU makes the host wait, so it is done once for each set of shapes.
+_cached_level_sizes = functools.lru_cache(maxsize=64)(_level_sizes)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention (Deformable DETR, eq. 3) around :func:`ms_deform_attn`.
+
+    Each query looks at ``n_points`` places in each level for each head: an offset from its
+    reference point and a weight, both linear in the query. Names, shapes and initial values of
+    the parameters are Mask2Former's, so that its checkpoints load.
+
+    Args:
+        d_model: width C of queries and values; a multiple of ``n_heads``.
+        n_levels: levels L of the feature pyramid.
+        n_heads: heads H.
+        n_points: places P a head looks at in a level.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head i looks in direction 2*pi*i/H, its point j at distance j+1 pixels; all weights are equal."""
+        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)  # (H, 2)
+        direction = direction / direction.abs().max(-1, keepdim=True).values
+        distance = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None, :] * distance[None, None, :, None]  # (H, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.n_levels, -1, -1).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        level_start: list[int],
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Let every query gather from the feature pyramid.
+
+        Args:
+            query: (B, Q, C).
+            reference_points: (B, Q, L, 2) as (x, y) in [0, 1].
+            input_flatten: (B, S, C), the levels one after the other.
+            spatial_shapes: (height, width) of each level; Python integers, so that no device is waited for.
+            level_start: row at which each level begins.
+            padding_mask: (B, S), true where a pixel is padding and must count as zero; or None.
+
+        Returns:
+            (B, Q, C).
+        """
+        batch, queries, _ = query.shape
+        heads, levels, points = self.n_heads, self.n_levels, self.n_points
+        if len(spatial_shapes) != levels:
+            raise ValueError(f"this layer has n_levels={levels}, got {len(spatial_shapes)} spatial shapes")
+        value = self.value_proj(input_flatten)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        value = value.view(batch, -1, heads, self.d_model // heads)  # (B, S, C) -> (B, S, H, D)
+        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        weights = self.attention_weights(query).view(batch, queries, heads, levels * points)
+        weights = weights.softmax(-1).view(batch, queries, heads, levels, points)
+        shapes = tuple((int(h), int(w)) for h, w in spatial_shapes)
+        # Positions keep float32 under autocast: 8 bits cannot tell the pixels of a row apart.
+        exact = torch.promote_types(reference_points.dtype, torch.float32)
+        make = _level_sizes if torch.compiler.is_compiling() else _cached_level_sizes
+        sizes = make(shapes, query.device, exact)  # (L, 1, 2)
+        locations = reference_points[:, :, None, :, None, :] + offsets / sizes  # (B, Q, H, L, P, 2)
+        output = ms_deform_attn(value, list(shapes), list(level_start), locations, weights)
+        return self.output_proj(output)

@@ -1,0 +1,20 @@
+"""Sine position embedding over an image grid (DETR; Mask2Former's settings: normalised, scale 2*pi)."""
+import math
+
+import torch
+
+
+def sine_position(height: int, width: int, dim: int, device=None, temperature: float = 10000.0) -> torch.Tensor:
+    """Return (dim, height, width): the first half of the channels encodes y, the second x."""
+    half = dim // 2
+    scale = temperature ** (2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half)
+
+    def encode(length):
+        # Coordinates 1..length are scaled to (0, 2*pi].
+        position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+        angle = (position / (length + 1e-6) * 2 * math.pi)[:, None] / scale  # (length, half)
+        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+
+    y = encode(height)[:, None, :].expand(height, width, half)
+    x = encode(width)[None, :, :].expand(height, width, half)
+    return torch.cat((y, x), dim=2).permute(2, 0, 1)

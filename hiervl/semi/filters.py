@@ -1,0 +1,143 @@
+"""Filters decide how far each pseudo-label is believed.
+
+A filter is a function (pseudo, weight, state, **options) -> factor in [0, 1] per pixel; the chain multiplies the
+factors, so that a filter can only lower weights. `state` is a dict that the filter may keep between iterations
+(saved in the checkpoint; per-class entries are keyed by class name). To add one: write the function, decorate it,
+add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS.
+"""
+from dataclasses import dataclass
+
+import cv2
+import detectron2.utils.comm as comm
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from ..errors import UserError
+
+
+@dataclass
+class PseudoLabels:
+    """The teacher's view of B images.
+
+    Attributes:
+        scores: (B, K, H, W) probabilities. labels: (B, H, W) int64, their argmax. confidence: (B, H, W), their max.
+        valid: (B, H, W) bool, False on padding. class_names: K names.
+    """
+
+    scores: torch.Tensor
+    labels: torch.Tensor
+    confidence: torch.Tensor
+    valid: torch.Tensor
+    class_names: list
+
+    @classmethod
+    def from_scores(cls, scores, valid, class_names):
+        confidence, labels = scores.max(dim=1)
+        return cls(scores, labels, confidence, valid, class_names)
+
+
+FILTERS = {}
+
+
+def register(function):
+    FILTERS[function.__name__] = function
+    return function
+
+
+@register
+def confidence(pseudo, weight, state, *, threshold):
+    """Keep pixels whose confidence reaches a fixed threshold (FixMatch, arXiv 2001.07685)."""
+    return (pseudo.confidence >= threshold).to(weight)
+
+
+@register
+def adaptive(pseudo, weight, state, *, quantile, floor, ceiling, momentum):
+    """Keep pixels that are sure for their class: one threshold per class, a running quantile of the confidence of
+    the pixels given to it, between `floor` and `ceiling`. A class not seen yet has the floor."""
+    totals = pseudo.scores.new_zeros(2, len(pseudo.class_names))  # sum of quantiles, number of ranks that saw it
+    for k in pseudo.labels[weight > 0].unique().tolist():
+        values = pseudo.confidence[(pseudo.labels == k) & (weight > 0)]
+        # torch.quantile refuses more than 2^24 values; a stride keeps the order statistics.
+        totals[:, k] = torch.stack((values[::len(values) // 2**20 + 1].quantile(quantile), values.new_ones(())))
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(totals)
+    for k in totals[1].nonzero()[:, 0].tolist():
+        name, value = pseudo.class_names[k], (totals[0, k] / totals[1, k]).item()
+        state[name] = momentum * state[name] + (1 - momentum) * value if name in state else value
+    thresholds = pseudo.scores.new_tensor([min(max(state.get(n, floor), floor), ceiling)
+                                           for n in pseudo.class_names])
+    return (pseudo.confidence >= thresholds[pseudo.labels]).to(weight)
+
+
+@register
+def region(pseudo, weight, state, *, min_area):
+    """Drop connected regions of one label, among the pixels kept so far, smaller than `min_area` pixels."""
+    labels = torch.where(weight > 0, pseudo.labels, -1).cpu().numpy()
+    keep = np.zeros(labels.shape, dtype=np.float32)
+    for image, kept in zip(labels, keep):
+        for k in np.unique(image[image >= 0]):
+            _, parts, stats, _ = cv2.connectedComponentsWithStats((image == k).astype(np.uint8), connectivity=8)
+            large = stats[:, cv2.CC_STAT_AREA] >= min_area
+            large[0] = False
+            kept[large[parts]] = 1
+    return torch.from_numpy(keep).to(weight)
+
+
+@register
+def boundary(pseudo, weight, state, *, margin):
+    """Drop pixels that lie within `margin` pixels of another label."""
+    labels = pseudo.labels[:, None].float()
+    window = {"kernel_size": 2 * margin + 1, "stride": 1, "padding": margin}
+    same = (F.max_pool2d(labels, **window) == labels) & (-F.max_pool2d(-labels, **window) == labels)
+    return same[:, 0].to(weight)
+
+
+@register
+def image_average(pseudo, weight, state, *, threshold):
+    """Weigh every pixel of an image by the share of its pixels that reach the threshold (the published protocol on
+    Cityscapes)."""
+    sure = ((pseudo.confidence >= threshold) & pseudo.valid).flatten(1).sum(1)
+    share = sure / pseudo.valid.flatten(1).sum(1).clamp(min=1)
+    return share[:, None, None].expand_as(weight).to(weight)
+
+
+class FilterChain:
+    """Applies filters in order.
+
+    Args:
+        steps: list of (name, options) with names from FILTERS.
+    Raises:
+        UserError: an unknown name.
+    """
+
+    def __init__(self, steps):
+        unknown = [name for name, _ in steps if name not in FILTERS]
+        if unknown:
+            raise UserError(f"SEMI.FILTERS: no filter called {unknown[0]!r}; known are {', '.join(sorted(FILTERS))}.")
+        self.steps = list(steps)
+        self.state = {name: {} for name, _ in steps}
+
+    @classmethod
+    def from_config(cls, cfg):
+        options = cfg.SEMI.FILTER
+        return cls([(name, {k.lower(): v for k, v in options.get(name.upper(), {}).items()})
+                    for name in cfg.SEMI.FILTERS])
+
+    @torch.no_grad()
+    def __call__(self, pseudo: PseudoLabels):
+        """Returns (weight (B, H, W), {filter name: share of the valid pixels' weight kept up to and with it})."""
+        weight = pseudo.valid.to(pseudo.scores.dtype)
+        total = weight.sum().clamp(min=1)
+        kept = {}
+        for name, options in self.steps:
+            weight = weight * FILTERS[name](pseudo, weight, self.state[name], **options)
+            kept[name] = weight.sum() / total
+        return weight, kept
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = {name: dict(state.get(name, {})) for name, _ in self.steps}

@@ -1,0 +1,181 @@
+"""The training loop: labelled and pseudo-labelled images through one student, an EMA teacher beside it.
+
+One iteration: fetch the batch → PseudoLabelHook (teacher, filters, CutMix) → losses, gradients, step → EMAHook.
+Data, point sampling and dropout depend on (seed, iteration, rank) alone, so that a resumed run continues exactly.
+"""
+import contextlib
+import logging
+import os
+import time
+import zlib
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.engine import TrainerBase, create_ddp_model
+from detectron2.engine import hooks as d2_hooks
+from detectron2.modeling import build_model
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+
+from .. import meta_arch  # noqa: F401  (registers HierVL with detectron2)
+from ..checkpoint import AtomicCheckpointer
+from ..criterion import Normalizers
+from ..data.loaders import build_train_loader
+from ..errors import UserError
+from ..evaluation.runner import Evaluation
+from ..solver import build_lr_scheduler, build_optimizer
+from .ema import EMAHook, EMATeacher
+from .pseudo_label import PseudoLabelHook
+
+logger = logging.getLogger(__name__)
+
+
+class SemiSupervisedTrainer(TrainerBase):
+    """Built from the whole config, as Detectron2's DefaultTrainer is; everything below it takes plain arguments.
+
+    Attributes that hooks use: student, teacher, batch ({"labeled", "unlabeled"} lists of dicts), pseudo_inputs
+    (the student's pseudo-labelled inputs of this iteration), log (tensors to be written at the next log line).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        torch.manual_seed(cfg.SEED)
+        self.student = build_model(cfg)
+        self.model = create_ddp_model(self.student, broadcast_buffers=False)
+        horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
+        self.teacher = EMATeacher(self.student, horizon)
+        self.optimizer = build_optimizer(cfg, self.student)
+        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.evaluation = Evaluation(cfg, {"student": self.student, "teacher": self.teacher.model})
+        self.checkpointer = AtomicCheckpointer(self.student, cfg.OUTPUT_DIR, teacher=self.teacher.model,
+                                               optimizer=self.optimizer, scheduler=self.scheduler, trainer=self)
+        self.log, self.pseudo_inputs, self.batch = {}, [], None
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self):
+        cfg = self.cfg
+        hooks = [PseudoLabelHook.from_config(cfg), EMAHook(cfg.SEMI.BURN_IN), d2_hooks.IterationTimer(),
+                 d2_hooks.LRScheduler(optimizer=self.optimizer, scheduler=self.scheduler),
+                 d2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate)]
+        if comm.is_main_process():
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            writers = [CommonMetricPrinter(self.max_iter, window_size=1), JSONWriter(f"{cfg.OUTPUT_DIR}/metrics.json"),
+                       TensorboardXWriter(cfg.OUTPUT_DIR)]
+            hooks += [d2_hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD,
+                                                    max_iter=self.max_iter),
+                      d2_hooks.PeriodicWriter(writers, period=cfg.SOLVER.LOG_PERIOD)]
+        return hooks
+
+    def resume_or_load(self, resume: bool):
+        """Continue from the last checkpoint of OUTPUT_DIR, or initialise from MODEL.WEIGHTS."""
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.resume_or_load("", resume=True)
+            self.start_iter = self.iter + 1
+        elif self.cfg.MODEL.WEIGHTS:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            self.teacher.reset(self.student)
+
+    def train(self):
+        self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
+        self.model.train()
+        super().train(self.start_iter, self.max_iter)
+        return self.evaluation.results
+
+    def load_for_evaluation(self):
+        """Student and teacher of MODEL.WEIGHTS, or of the last checkpoint in OUTPUT_DIR."""
+        path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
+        if not path:
+            raise UserError(f"{self.cfg.OUTPUT_DIR}: holds no checkpoint to evaluate; name one in MODEL.WEIGHTS.")
+        rest = self.checkpointer.load(path, checkpointables=["teacher"])
+        if "trainer" not in rest:  # weights of one network only
+            self.teacher.reset(self.student)
+        self.iter = rest.get("iteration", -1)
+
+    def before_step(self):
+        start = time.perf_counter()
+        self.batch = next(self._loader_iterator())
+        self._data_time = time.perf_counter() - start
+        # Point sampling and dropout draw from torch's generator; its state is a function of the iteration.
+        torch.manual_seed(zlib.crc32(f"{self.cfg.SEED}/{self.iter}/{comm.get_rank()}".encode()))
+        super().before_step()
+
+    def _loader_iterator(self):
+        if self.iter == self.start_iter:
+            self._iterator = iter(self._loader)
+        return self._iterator
+
+    def run_step(self):
+        chunks = self._micro_batches()
+        normalizers = self._normalizers(chunks)
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, chunk in enumerate(chunks):
+            last = i == len(chunks) - 1
+            with self._gradient_sync(last), self.autocast():
+                losses = self.model(chunk, normalizers)
+                self._total(losses).backward()
+            for name, value in losses.items():
+                self.log[name] = self.log[name] + value.detach() if i else value.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.SOLVER.CLIP_NORM)
+        if not torch.isfinite(norm):
+            self._report_non_finite()
+        self.optimizer.step()
+        self.log["grad_norm"] = norm
+        self._write_log()
+
+    def _micro_batches(self):
+        """Split the student's inputs into SOLVER.ACCUMULATE parts, each with its share of both kinds."""
+        parts, labeled, pseudo = self.cfg.SOLVER.ACCUMULATE, self.batch["labeled"], self.pseudo_inputs
+        return [labeled[i::parts] + pseudo[i::parts] for i in range(parts)]
+
+    def _normalizers(self, chunks):
+        """Denominators over all micro-batches, as a mean over ranks (distributed gradients are averaged)."""
+        own = [self.student.normalizers(chunk) for chunk in chunks]
+        total = torch.stack([sum(n[kind].stack() for n in own) for kind in ("labeled", "pseudo")])  # (2, 3)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(total)
+        labeled, pseudo = total / comm.get_world_size()
+        return {"labeled": Normalizers.unstack(labeled), "pseudo": Normalizers.unstack(pseudo)}
+
+    def _gradient_sync(self, last):
+        """Gradients are exchanged between ranks once, after the last micro-batch."""
+        return contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync()
+
+    def autocast(self):
+        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.cfg.SOLVER.AMP.ENABLED)
+
+    def unlabeled_weight(self) -> float:
+        """λ_u at this iteration: 0 during burn-in, then a linear ramp of SEMI.RAMP iterations to SEMI.WEIGHT."""
+        semi = self.cfg.SEMI
+        step = self.iter - semi.BURN_IN
+        return semi.WEIGHT * min(1.0, (step + 1) / max(semi.RAMP, 1)) if step >= 0 else 0.0
+
+    def _total(self, losses):
+        weight = self.unlabeled_weight()
+        return sum(value * (weight if name.startswith("loss_u_") else 1.0) for name, value in losses.items())
+
+    def _report_non_finite(self):
+        files = [x["file_name"] for kind in self.batch.values() for x in kind]
+        bad = [name for name, value in self.log.items() if not torch.isfinite(value)]
+        raise FloatingPointError(f"iteration {self.iter}: the gradient is not finite (losses not finite: "
+                                 f"{', '.join(bad) or 'none'}); the weights were not touched. "
+                                 f"Images: {', '.join(files)}")
+
+    def logs_now(self) -> bool:
+        return (self.iter + 1) % self.cfg.SOLVER.LOG_PERIOD == 0 or self.iter + 1 == self.max_iter
+
+    def _write_log(self):
+        """Scalars go to the host together, and only for the iterations that are written."""
+        if self.logs_now():
+            values = torch.stack([value.float() for value in self.log.values()]).tolist()
+            self.storage.put_scalars(**dict(zip(self.log, values)), unlabeled_weight=self.unlabeled_weight(),
+                                     total_loss=sum(v for k, v in zip(self.log, values) if k.startswith("loss")),
+                                     data_time=self._data_time, smoothing_hint=False)
+        self.log = {}
+
+    def evaluate(self):
+        """Evaluate student and teacher; keep the checkpoint that is best on the first test set."""
+        metrics, is_best = self.evaluation.run(min(self.iter + 1, self.max_iter))
+        if is_best and comm.is_main_process():
+            self.checkpointer.save("model_best", iteration=self.iter)
+        return metrics

@@ -1,0 +1,149 @@
+"""The confusion matrix against counting pixel by pixel, and the scores against scores computed from pixel sets."""
+import numpy as np
+import pytest
+
+from hiervl.errors import UserError
+from hiervl.evaluation import ConfusionMatrix, scores
+from hiervl.evaluation.confusion import histogram_2d
+
+
+def random_maps(k, shape=(37, 53), ignore=255, dtype=np.uint8, absent=(), seed=0):
+    """A label map with ignored pixels and a prediction that is right about half the time."""
+    rng = np.random.default_rng(seed)
+    present = np.setdiff1d(np.arange(k), absent)
+    label = rng.choice(present, shape)
+    prediction = np.where(rng.random(shape) < 0.5, label, rng.choice(present, shape))
+    label[rng.random(shape) < 0.2] = ignore
+    return label.astype(dtype), prediction.astype(np.int64)
+
+
+def count_by_hand(label, prediction, k, ignore):
+    counts = np.zeros((k, k), np.int64)
+    for truth, guess in zip(label.ravel().tolist(), prediction.ravel().tolist()):
+        if truth != ignore:
+            counts[truth, guess] += 1
+    return counts
+
+
+@pytest.mark.parametrize("k, ignore, dtype", [
+    (1, 255, np.uint8), (2, 255, np.uint8), (11, 255, np.uint8), (19, 200, np.uint8), (19, 300, np.uint8),
+    (150, 255, np.uint8), (255, 255, np.uint8), (256, 65535, np.int32), (256, 300, np.uint8),
+    (300, 65535, np.uint16), (300, 65535, np.int32), (19, -1, np.int32), (1000, 65535, np.int64),
+])
+def test_equals_counting_by_hand(k, ignore, dtype):
+    matrix = ConfusionMatrix(k, ignore)
+    in_dtype = ignore if np.iinfo(dtype).min <= ignore <= np.iinfo(dtype).max else 0
+    expected, ignored = np.zeros((k, k), np.int64), 0
+    for seed in range(2):
+        label, prediction = random_maps(k, ignore=in_dtype, dtype=dtype, seed=seed)
+        matrix.update(label, prediction)
+        expected += count_by_hand(label, prediction, k, ignore)
+        ignored += int((label.astype(np.int64) == ignore).sum())
+    assert np.array_equal(matrix.counts, expected)
+    assert matrix.ignored == ignored
+
+
+def test_images_larger_than_a_chunk_and_views():
+    label, prediction = random_maps(19, shape=(700, 801))
+    label, prediction = label[::2, ::-1], prediction.astype(np.uint8)[::2, ::-1]
+    matrix = ConfusionMatrix(19)
+    matrix.update(label, prediction)
+    valid = label != 255
+    expected = np.bincount(19 * label[valid].astype(np.int64) + prediction[valid], minlength=19 * 19)
+    assert np.array_equal(matrix.counts.ravel(), expected)
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 3, 5])
+def test_histogram_of_a_few_pixels(pixels):
+    rows, columns = np.arange(pixels) % 2, np.arange(pixels) % 3
+    table = histogram_2d(rows, 2, columns, 3)
+    assert table.sum() == pixels and table.shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("k, bad", [(3, 5), (3, 3), (3, 254)])
+def test_label_out_of_range_names_the_file_and_counts_nothing(dtype, k, bad):
+    label, prediction = random_maps(k, dtype=dtype)
+    label[4, 7] = bad
+    matrix = ConfusionMatrix(k)
+    with pytest.raises(UserError, match=rf"masks/a\.png: label {bad} \(1 pixels.*0 to 2.*255") as error:
+        matrix.update(label, prediction, "masks/a.png")
+    assert "\n" not in str(error.value)
+    assert not matrix.counts.any() and matrix.ignored == 0
+
+
+def test_negative_label_is_out_of_range():
+    with pytest.raises(UserError, match="label -1"):
+        ConfusionMatrix(3).update(np.full((2, 2), -1, np.int32), np.zeros((2, 2), np.int64))
+
+
+def test_ignore_label_must_not_be_a_class():
+    with pytest.raises(UserError, match="ignore label 255 is also the id"):
+        ConfusionMatrix(256, 255)
+
+
+@pytest.mark.parametrize("prediction", [np.full((2, 2), 3), np.full((2, 2), -1), np.zeros((2, 3), int)])
+def test_wrong_predictions_are_bugs(prediction):
+    with pytest.raises(ValueError):
+        ConfusionMatrix(3).update(np.zeros((2, 2), np.uint8), prediction)
+
+
+def test_merging_equals_counting_together():
+    maps = [random_maps(7, seed=s) for s in range(4)]
+    together, first, second = (ConfusionMatrix(7) for _ in range(3))
+    for i, pair in enumerate(maps):
+        together.update(*pair)
+        (first, second)[i % 2].update(*pair)
+    first.merge(second)
+    assert np.array_equal(first.counts, together.counts) and first.ignored == together.ignored
+
+
+def iou_from_sets(label, prediction, k, ignore):
+    """Independent of the matrix: IoU by set operations on pixel numbers. Returns {class: IoU}, truth, predicted."""
+    valid = np.flatnonzero(label.ravel() != ignore)
+    truth = [set(valid[label.ravel()[valid] == c].tolist()) for c in range(k)]
+    guess = [set(valid[prediction.ravel()[valid] == c].tolist()) for c in range(k)]
+    iou = {c: len(truth[c] & guess[c]) / len(truth[c] | guess[c]) for c in range(k) if truth[c] | guess[c]}
+    return iou, truth, guess
+
+
+@pytest.mark.parametrize("k", [1, 2, 11, 300])
+def test_scores_equal_those_from_pixel_sets(k):
+    absent = [2, 5] if k == 11 else []
+    label, prediction = random_maps(k, ignore=65535, dtype=np.int32, absent=absent)
+    if k == 11:
+        prediction[0, :9] = 5  # predicted and never labelled: a union, but not in the ground truth
+    matrix = ConfusionMatrix(k, 65535)
+    matrix.update(label, prediction)
+    found = scores(matrix.counts)
+    iou, truth, guess = iou_from_sets(label, prediction, k, 65535)
+    in_truth = [c for c in range(k) if truth[c]]
+    total = sum(map(len, truth))
+    assert found.miou == pytest.approx(100 * np.mean([iou[c] for c in in_truth]))
+    assert found.miou_union == pytest.approx(100 * np.mean(list(iou.values())))
+    assert found.miou_all == pytest.approx(100 * sum(iou.values()) / k)
+    assert found.fwiou == pytest.approx(100 * sum(len(truth[c]) / total * iou[c] for c in in_truth))
+    assert found.pacc == pytest.approx(100 * sum(len(truth[c] & guess[c]) for c in range(k)) / total)
+    for c in range(k):
+        hits = len(truth[c] & guess[c])
+        assert found.iou[c] == pytest.approx(100 * iou[c] if c in iou else np.nan, nan_ok=True)
+        assert found.recall[c] == pytest.approx(100 * hits / len(truth[c]) if truth[c] else np.nan, nan_ok=True)
+        assert found.precision[c] == pytest.approx(100 * hits / len(guess[c]) if guess[c] else np.nan, nan_ok=True)
+    if k == 11:
+        assert found.iou[5] == 0 and np.isnan(found.iou[2])
+        assert found.miou > found.miou_union > found.miou_all
+
+
+def test_the_three_means_by_hand():
+    # class 0: 2 of 3 right; class 1: all right but one pixel too many; class 2 only predicted; class 3 nowhere
+    counts = np.array([[2, 1, 0, 0], [0, 4, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = scores(counts)
+    a, b = 2 / 3, 4 / 6
+    assert found.miou == pytest.approx(100 * (a + b) / 2)
+    assert found.miou_union == pytest.approx(100 * (a + b) / 3)
+    assert found.miou_all == pytest.approx(100 * (a + b) / 4)
+
+
+def test_no_pixel_has_no_score():
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        scores(np.zeros((3, 3), np.int64))

@@ -1,0 +1,149 @@
+"""The evaluator end to end: files in, scores and result file out, one rank or two."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.evaluation import print_csv_format
+from PIL import Image
+
+from hiervl.errors import UserError
+from hiervl.evaluation import SegmentationEvaluator, load_result
+from hiervl.evaluation.evaluator import RESULT_FILE
+from hiervl.evaluation import evaluator as evaluator_module
+
+NAMES = ("sky", "road", "pole", "car")
+
+
+def write_mask(path, label):
+    Image.fromarray(label.astype(np.uint8 if label.max() < 256 else np.uint16)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Three images of different sizes: [(input dict, output dict, label)]; "car" occurs nowhere."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i, (h, w) in enumerate([(20, 30), (17, 9), (8, 8)]):
+        label = rng.integers(0, 3, (h, w))
+        label[0, :3] = 255
+        scores = torch.rand(4, h, w, generator=torch.Generator().manual_seed(i))
+        path = write_mask(tmp_path / f"{i}.png", label)
+        made.append(({"sem_seg_file_name": path}, {"sem_seg": scores / (0.01 + scores.sum(0))}, label))
+    return made
+
+
+def run(pairs, **kwargs):
+    evaluator = SegmentationEvaluator(NAMES, **kwargs)
+    for image, output, _ in pairs:
+        evaluator.process([image], [output])
+    return evaluator
+
+
+def test_scores_and_result_file(pairs, tmp_path):
+    evaluator = run(pairs, output_dir=str(tmp_path / "new" / "folder"), num_images=3)
+    found = evaluator.evaluate()["sem_seg"]
+    hits = sum(int((out["sem_seg"].argmax(0).numpy() == label)[label != 255].sum()) for _, out, label in pairs)
+    pixels = sum(int((label != 255).sum()) for *_, label in pairs)
+    assert found["pACC"] == pytest.approx(100 * hits / pixels)
+    assert list(found) == ["mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "ECE", *(f"IoU-{n}" for n in NAMES)]
+    assert found["mIoU"] == pytest.approx(np.mean([found[f"IoU-{n}"] for n in NAMES[:3]]))
+    assert found["IoU-car"] == 0 and found["mIoU_all"] < found["mIoU"]
+    result = load_result(str(tmp_path / "new" / "folder" / RESULT_FILE))
+    assert result == evaluator.result
+    assert np.sum(result["confusion_matrix"]) == result["pixels"] == pixels
+    assert result["images"] == 3 and set(result["metrics"]) <= set(result["definitions"])
+    print_csv_format({"sem_seg": found})
+
+
+def test_undefined_scores_are_nan_for_callers_and_null_in_the_file(pairs, tmp_path):
+    for _, output, _ in pairs:
+        output["sem_seg"][3] = 0
+    evaluator = run(pairs, output_dir=str(tmp_path))
+    assert math.isnan(evaluator.evaluate()["sem_seg"]["IoU-car"])
+    with open(tmp_path / RESULT_FILE) as file:
+        assert json.load(file)["per_class"]["iou"][3] is None
+
+
+def test_two_ranks_equal_one(pairs, monkeypatch):
+    alone = run(pairs).evaluate()
+    first, second = run(pairs[:1]), run(pairs[1:])
+    sent = []
+
+    def gather_on(rank):
+        def gather(part):
+            sent.append(part)
+            return sent if rank == 0 else []
+        monkeypatch.setattr(evaluator_module.comm, "gather", gather)
+        monkeypatch.setattr(evaluator_module.comm, "is_main_process", lambda: rank == 0)
+
+    gather_on(1)
+    assert second.evaluate() is None
+    gather_on(0)
+    assert first.evaluate() == alone
+
+
+def test_an_image_counted_twice_is_noticed(pairs):
+    with pytest.raises(UserError, match="4 images were scored instead of 3"):
+        run([*pairs, pairs[0]], num_images=3).evaluate()
+
+
+def test_reset_forgets(pairs):
+    evaluator = run(pairs)
+    evaluator.reset()
+    with pytest.raises(UserError, match="no labelled pixel in 0 images"):
+        evaluator.evaluate()
+
+
+def test_many_classes_in_a_16_bit_mask(tmp_path):
+    label = np.arange(300).reshape(15, 20)
+    label[0, 0] = 65535
+    path = write_mask(tmp_path / "wide.png", label)
+    scores = torch.nn.functional.one_hot(torch.arange(300).view(15, 20), 300).permute(2, 0, 1).float()
+    evaluator = SegmentationEvaluator([f"class {i}" for i in range(300)], ignore_label=65535)
+    evaluator.process([{"sem_seg_file_name": path}], [{"sem_seg": scores}])
+    found = evaluator.evaluate()["sem_seg"]
+    assert found["mIoU"] == 100 and math.isnan(found["IoU-class 0"]) and found["mIoU_all"] == pytest.approx(29900 / 300)
+
+
+def break_label(image, output, label):
+    label[3, 3] = 77
+    write_mask(image["sem_seg_file_name"], label)
+
+
+def break_size(image, output, label):
+    output["sem_seg"] = output["sem_seg"][:, :-1]
+
+
+def break_scores(image, output, label):
+    output["sem_seg"][1, 2, 2] = math.nan
+
+
+def break_file(image, output, label):
+    with open(image["sem_seg_file_name"], "r+b") as file:
+        file.truncate(60)
+
+
+@pytest.mark.parametrize("breaking, words", [
+    (break_label, "label 77"), (break_size, "20 x 30 .* 19 x 30"), (break_scores, "not finite"), (break_file, "decode"),
+])
+def test_a_bad_image_is_one_line_that_names_its_file(pairs, breaking, words):
+    breaking(*pairs[0])
+    with pytest.raises(UserError, match=words) as error:
+        run(pairs)
+    assert "0.png" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_mask_names_the_image():
+    with pytest.raises(UserError, match="x.jpg: no label map"):
+        SegmentationEvaluator(NAMES).process([{"file_name": "x.jpg"}], [{"sem_seg": torch.rand(4, 2, 2)}])
+
+
+def test_scores_need_not_be_probabilities_without_calibration(pairs):
+    for _, output, _ in pairs:
+        output["sem_seg"] = 50 * output["sem_seg"] - 10
+    assert "ECE" not in run(pairs, calibration=False).evaluate()["sem_seg"]
+    with pytest.raises(ValueError, match="not probabilities"):
+        run(pairs)

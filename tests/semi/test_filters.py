@@ -1,0 +1,88 @@
+"""Filters only lower weights, keep their state by class name, and do what their names say."""
+import pytest
+import torch
+
+from hiervl.errors import UserError
+from hiervl.semi.filters import FILTERS, FilterChain, PseudoLabels
+
+OPTIONS = {"confidence": {"threshold": 0.5}, "region": {"min_area": 6}, "boundary": {"margin": 1},
+           "adaptive": {"quantile": 0.3, "floor": 0.4, "ceiling": 0.9, "momentum": 0.9},
+           "image_average": {"threshold": 0.5}}
+NAMES = ["road", "car", "tree"]
+
+
+def make_pseudo(batch=2, size=16):
+    scores = (torch.randn(batch, len(NAMES), size, size) * 2).softmax(1)
+    valid = torch.ones(batch, size, size, dtype=torch.bool)
+    valid[:, :, 12:] = False
+    return PseudoLabels.from_scores(scores, valid, NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(FILTERS))
+def test_every_filter_only_lowers_weights(name):
+    pseudo = make_pseudo()
+    weight = torch.rand(pseudo.labels.shape)
+    factor = FILTERS[name](pseudo, weight, {}, **OPTIONS[name])
+    assert factor.shape == weight.shape
+    assert (factor >= 0).all() and (factor <= 1).all()
+    assert (factor < 1).any()
+
+
+def test_a_chain_never_raises_a_weight_and_padding_stays_out():
+    pseudo = make_pseudo()
+    before = None
+    for length in range(1, len(OPTIONS) + 1):
+        weight, kept = FilterChain(list(OPTIONS.items())[:length])(pseudo)
+        assert (weight[~pseudo.valid] == 0).all()
+        assert before is None or (weight <= before).all()
+        before = weight
+    shares = list(kept.values())
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_adaptive_thresholds_are_quantiles_per_class_within_bounds():
+    labels = torch.zeros(1, 10, 10, dtype=torch.long)
+    labels[:, 5:] = 1
+    confidence = torch.linspace(0.5, 1, 100).view(1, 10, 10)
+    scores = torch.zeros(1, 3, 10, 10).scatter_(1, labels[:, None], confidence[:, None])
+    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    state = {}
+    kept = FILTERS["adaptive"](pseudo, torch.ones(1, 10, 10), state, quantile=0.5, floor=0.1, ceiling=0.8,
+                               momentum=0.9)
+    assert state["road"] == pytest.approx(confidence[labels == 0].median().item(), abs=0.01)
+    assert "tree" not in state  # never predicted: no threshold of its own
+    assert (kept[labels == 0] == (confidence[labels == 0] >= state["road"])).all()
+    assert (kept[labels == 1] == (confidence[labels == 1] >= 0.8)).all()  # its median lies above the ceiling
+
+
+def test_region_removes_small_islands():
+    labels = torch.zeros(1, 12, 12, dtype=torch.long)
+    labels[0, 3, 3:5] = 1
+    labels[0, 6:10, 6:10] = 2
+    scores = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    kept = FILTERS["region"](pseudo, torch.ones(1, 12, 12), {}, min_area=6)
+    assert (kept == (labels != 1)).all()
+
+
+def test_boundary_removes_a_margin_on_both_sides():
+    labels = torch.zeros(1, 6, 10, dtype=torch.long)
+    labels[..., 5:] = 2
+    scores = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    kept = FILTERS["boundary"](pseudo, torch.ones(1, 6, 10), {}, margin=2)
+    assert kept[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_state_survives_a_checkpoint():
+    chain = FilterChain([("adaptive", OPTIONS["adaptive"])])
+    chain(make_pseudo())
+    again = FilterChain([("adaptive", OPTIONS["adaptive"])])
+    again.load_state_dict(chain.state_dict())
+    pseudo = make_pseudo()
+    assert torch.equal(chain(pseudo)[0], again(pseudo)[0])
+
+
+def test_unknown_filter_is_a_users_mistake():
+    with pytest.raises(UserError, match="confidance.*known are"):
+        FilterChain([("confidance", {})])

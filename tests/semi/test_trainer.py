@@ -1,0 +1,118 @@
+"""The training loop on a complete small run."""
+import json
+
+import pytest
+import torch
+
+from hiervl.semi.trainer import SemiSupervisedTrainer
+
+
+def train(cfg, iterations=None, resume=False):
+    """Run to the end, or stop after `iterations` as a kill between two steps would."""
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume)
+    if iterations is not None:
+        trainer.max_iter = iterations
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return {f"{kind}.{name}": value.clone()
+            for kind, model in (("student", trainer.student), ("teacher", trainer.teacher.model))
+            for name, value in model.state_dict().items()}
+
+
+def assert_identical(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
+
+
+def test_a_resumed_run_is_bit_identical(make_cfg, tmp_path):
+    whole = train(make_cfg("OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path / "parts"))
+    train(cfg, iterations=3)  # the checkpoint of iteration 3 lies inside the ramp
+    resumed = train(cfg, resume=True)
+    assert resumed.start_iter == 3
+    assert_identical(weights(whole), weights(resumed))
+    assert whole.state_dict()["hooks"].keys() == resumed.state_dict()["hooks"].keys()
+    adaptive = whole.state_dict()["hooks"]["PseudoLabelHook"]["adaptive"]
+    assert adaptive and adaptive == resumed.state_dict()["hooks"]["PseudoLabelHook"]["adaptive"]
+
+
+def test_weight_zero_is_bit_identically_the_supervised_student(make_cfg, tmp_path):
+    with_stream = train(make_cfg("SEMI.WEIGHT", 0.0, "OUTPUT_DIR", str(tmp_path / "a")))
+    supervised = train(make_cfg("SEMI.UNLABELED_PER_BATCH", 0, "OUTPUT_DIR", str(tmp_path / "b")))
+    assert_identical(weights(with_stream), weights(supervised))
+
+
+def test_unlabelled_images_change_the_student_after_burn_in_only(make_cfg, tmp_path):
+    cfgs = [make_cfg("SEMI.UNLABELED_PER_BATCH", count, "OUTPUT_DIR", str(tmp_path / f"{count}")) for count in (0, 2)]
+    during = [weights(train(cfg, iterations=2)) for cfg in cfgs]
+    assert_identical(*during)
+    after = [weights(train(cfg, iterations=4)) for cfg in cfgs]
+    assert any(not torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_the_teacher_is_the_student_at_the_end_of_burn_in(make_cfg):
+    trainer = train(make_cfg(), iterations=2)
+    for name, value in trainer.student.state_dict().items():
+        assert torch.equal(value, trainer.teacher.model.state_dict()[name]), name
+    assert trainer.teacher.updates == 0
+
+
+def test_the_teacher_gets_no_gradient_and_stays_in_eval_mode(make_cfg):
+    trainer = train(make_cfg())
+    assert all(p.grad is None for p in trainer.teacher.model.parameters())
+    assert not any(module.training for module in trainer.teacher.model.modules())
+    assert all(p.grad is not None for p in trainer.student.parameters() if p.requires_grad)
+
+
+def test_results_tell_last_and_best_of_student_and_teacher(make_cfg, tmp_path):
+    train(make_cfg("TEST.EVAL_PERIOD", 3))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["last"]["iteration"] == 6 and results["best"]["iteration"] in (3, 6)
+    for entry in results.values():
+        assert set(entry["shapes_val"]) == {"student", "teacher"}
+    assert (tmp_path / "run" / "model_best.pth").exists()
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_evaluation_of_a_checkpoint_gives_the_same_numbers(make_cfg):
+    cfg = make_cfg()
+    results = train(cfg).evaluation.results["last"]["shapes_val"]
+    again = SemiSupervisedTrainer(cfg)
+    again.load_for_evaluation()
+    metrics, _ = again.evaluation.run(again.iter + 1)
+    assert metrics["shapes_val/teacher"]["mIoU"] == results["teacher"]["mIoU"]
+    assert metrics["shapes_val/student"]["mIoU"] == results["student"]["mIoU"]
+
+
+def test_accumulation_learns_from_every_image_once(make_cfg, tmp_path):
+    trainer = SemiSupervisedTrainer(make_cfg("SOLVER.ACCUMULATE", 2))
+    trainer.batch = {"labeled": [{"i": 0}, {"i": 1}, {"i": 2}], "unlabeled": []}
+    trainer.pseudo_inputs = [{"i": 3}, {"i": 4}]
+    chunks = trainer._micro_batches()
+    assert sorted(x["i"] for chunk in chunks for x in chunk) == [0, 1, 2, 3, 4]
+    assert train(make_cfg("SOLVER.ACCUMULATE", 2, "OUTPUT_DIR", str(tmp_path / "b"))).iter == 6
+
+
+def test_a_non_finite_loss_stops_before_the_weights_and_names_the_images(make_cfg):
+    trainer = SemiSupervisedTrainer(make_cfg())
+    with torch.no_grad():
+        trainer.student.decoder.mask_embed.layers[2].bias.fill_(float("nan"))
+    before = trainer.student.backbone.state_dict()
+    before = {k: v.clone() for k, v in before.items() if "running" not in k and "num_batches" not in k}
+    with pytest.raises(FloatingPointError, match=r"iteration 0.*\.png"):
+        trainer.train()
+    for name, value in before.items():
+        assert torch.equal(value, trainer.student.backbone.state_dict()[name])
+
+
+def test_modes_differ_in_config_only(make_cfg, tmp_path):
+    """fixmatch: one strong view; unimatch: two and feature dropout."""
+    for views, dropout, expected in ((1, 0.0, 2), (2, 0.5, 6)):
+        trainer = train(make_cfg("SEMI.STRONG_VIEWS", views, "SEMI.FEATURE_DROPOUT", dropout,
+                                 "OUTPUT_DIR", str(tmp_path / f"{views}")))
+        assert len(trainer.pseudo_inputs) == expected

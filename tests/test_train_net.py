@@ -1,0 +1,78 @@
+"""The command line: a user's mistake ends in one line that names the file or key and the way out."""
+import pytest
+from detectron2.engine import default_argument_parser
+
+import train_net
+from hiervl.data.shapes import generate
+
+TINY = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.TIMM.NAME", "lcnet_050", "MODEL.PIXEL_DECODER.CONV_DIM", "32",
+        "MODEL.PIXEL_DECODER.MASK_DIM", "32", "MODEL.DECODER.HIDDEN_DIM", "32", "MODEL.CRITERION.NUM_POINTS", "128",
+        "DATASETS.SPLIT", "shapes/splits/seed0/4", "INPUT.CROP_SIZE", "(64, 64)", "SOLVER.IMS_PER_BATCH", "2",
+        "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.LOG_PERIOD", "1"]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate(str(tmp_path / "shapes"), num_train=8, num_val=2, size=64, seed=0, labeled=(4,))
+    return tmp_path / "shapes"
+
+
+def call(root, *overrides, flags=()):
+    output = ["OUTPUT_DIR", str(root.parent / "run")]
+    return train_net.main(default_argument_parser().parse_args(
+        ["--config-file", "configs/shapes_supervised.yaml", *flags, *TINY, *output, *overrides]))
+
+
+def mistake(capsys, root, *overrides, flags=()):
+    with pytest.raises(SystemExit) as exit_:
+        call(root, *overrides, flags=flags)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+def test_train_resume_and_evaluate(root):
+    results = call(root)
+    assert results["last"]["iteration"] == 2
+    assert call(root, "SOLVER.MAX_ITER", "3", flags=["--resume"])["last"]["iteration"] == 3
+    metrics = call(root, flags=["--eval-only"])
+    assert set(metrics) == {"shapes_val/student", "shapes_val/teacher"}
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    (("SOLVER.MAXITER", "5"), "SOLVER.MAXITER; did you mean SOLVER.MAX_ITER"),
+    (("DATASETS.SPLIT", "shapes/splits/seed9/4"), "seed9"),
+    (("DATASETS.TRAIN", "('shaqes_train',)"), "shaqes_train"),
+    (("MODEL.TEXT.EMBEDDINGS", "none.npz"), "none.npz: no such embeddings file"),
+    (("MODEL.BACKBONE.WEIGHTS", "none.pth"), "none.pth: no such weights file (MODEL.BACKBONE.WEIGHTS)"),
+    (("MODEL.WEIGHTS", "none.pth"), "none.pth: no such checkpoint"),
+    (("SEMI.FILTERS", "('sure',)"), "SEMI.FILTERS: no filter called 'sure'"),
+    (("MODEL.DECODER.CLASSIFIER", "cosine"), "MODEL.DECODER.CLASSIFIER: 'cosine'"),
+    (("TEST.MODE", "tiles"), "TEST.MODE: 'tiles'"),
+    (("MODEL.CRITERION.SEGMENTS", "blobs"), "MODEL.CRITERION.SEGMENTS: 'blobs'"),
+])
+def test_wrong_config(capsys, root, overrides, expected):
+    assert expected in mistake(capsys, root, *overrides)
+
+
+def test_missing_data_root(capsys, root, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root / "nowhere"))
+    assert "DETECTRON2_DATASETS" in mistake(capsys, root)
+
+
+def test_evaluation_without_a_checkpoint(capsys, root):
+    assert "holds no checkpoint" in mistake(capsys, root, flags=["--eval-only"])
+
+
+def test_an_image_without_its_mask(capsys, root):
+    (root / "masks" / "train" / (root / "splits/seed0/4/labeled.txt").read_text().split()[1].split("/")[-1]).unlink()
+    assert "masks/train" in mistake(capsys, root)
+
+
+def test_weights_of_another_shape(capsys, root):
+    call(root)
+    message = mistake(capsys, root, "MODEL.WEIGHTS", str(root.parent / "run" / "model_final.pth"),
+                      "MODEL.DECODER.NUM_QUERIES", "7")
+    assert "model_final.pth" in message and "query_feat.weight has shape (20, 32)" in message

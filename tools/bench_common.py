@@ -1,0 +1,114 @@
+"""What the benchmarks share: interleaved timing, what the machine can do, and the report."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+Times = dict[str, list[float]]  # name -> seconds of each round
+
+
+def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """Seconds of each function in each round, after one untimed call.
+
+    All functions run once before any runs again: what else happens on the machine meets them alike,
+    and the quotient of two times of one round is worth more than either time.
+    """
+    times: Times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def median_ms(seconds: list[float]) -> float:
+    """Median in milliseconds."""
+    return statistics.median(seconds) * 1e3
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the quotients round by round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use this many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def matrix_product(size: int = 1024) -> Callable[[], object]:
+    """A product of two square float32 matrices: 2 * size**3 operations."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def copy_of(megabytes: int = 64) -> Callable[[], object]:
+    """A copy between two arrays larger than the caches: it moves twice its size."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def machine(rounds: int = 15) -> dict:
+    """Processor, versions, and the measured rates that a roofline needs."""
+    times = interleave({"gemm": matrix_product(), "copy": copy_of()}, rounds)
+    return {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "gemm_gflops": 2 * 1024**3 / statistics.median(times["gemm"]) / 1e9,
+        "copy_gbytes": 2 * 64 * 2**20 / statistics.median(times["copy"]) / 1e9,
+        "load_average": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
+    }
+
+
+def processor_name() -> str:
+    """The processor's name, and the vector instructions torch uses on it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []  # fmt: skip
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table; the keys of the first row are its columns."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(title: str, command: str, tables: dict[str, list[dict]], facts: dict, folder: Path) -> None:
+    """Print the tables and write ``<title>.json`` and ``<title>.md`` into ``folder``."""
+    lines = [f"# {title}", "", f"`{command}`", ""]
+    lines += [", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()), ""]
+    for name, rows in tables.items():
+        lines += [f"## {name}", "", markdown_table(rows), ""]
+    text = "\n".join(lines)
+    print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{title}.md").write_text(text)
+    (folder / f"{title}.json").write_text(
+        json.dumps({"command": command, "machine": facts, "tables": tables}, indent=1)
+    )

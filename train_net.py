@@ -1,0 +1,61 @@
+"""Train, resume or evaluate HierVL.
+
+    python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
+    python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+"""
+import logging
+import os
+import sys
+
+# Idle OpenMP threads of one process must not spin on the cores that its data workers need: on a small machine that
+# costs more than the work itself. Has to be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from hiervl.config import load_config
+from hiervl.errors import UserError
+from hiervl.semi.trainer import SemiSupervisedTrainer
+
+
+def setup(args):
+    """Config from file and command line, logging, output folder."""
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    default_setup(cfg, args)
+    # Adam's squares of small gradients are denormal numbers, which a CPU computes up to a hundred times slower.
+    torch.set_flush_denormal(True)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="hiervl")
+    logging.getLogger("hiervl").info("Running on %s", cfg.MODEL.DEVICE)
+    return cfg
+
+
+def run(args):
+    cfg = setup(args)
+    trainer = SemiSupervisedTrainer(cfg)
+    if args.eval_only:
+        trainer.load_for_evaluation()
+        return trainer.evaluation.run(trainer.iter + 1)[0]
+    trainer.resume_or_load(args.resume)
+    return trainer.train()
+
+
+def main(args):
+    """`run`, with a user's mistake told in one line."""
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # os._exit leaves distributed peers and data workers no chance to wait for this process.
+        sys.exit(2) if args.num_gpus * args.num_machines <= 1 else os._exit(2)
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
+           dist_url=arguments.dist_url, args=(arguments,))
