@@ -72,7 +72,16 @@ def _add_model(cfg):
 
     cfg.MODEL.TEXT = CN()
     cfg.MODEL.TEXT.EMBEDDINGS = ""
+    cfg.MODEL.TEXT.EXTRA_EMBEDDINGS = ()
+    cfg.MODEL.TEXT.MODEL = "ViT-B-16"
+    cfg.MODEL.TEXT.PRETRAINED = "openai"
+    cfg.MODEL.TEXT.TEMPLATES = ("a photo of a {}",)
+    cfg.MODEL.TEXT.CACHE = ""
+    cfg.MODEL.TEXT.CONTEXT_TOKENS = 0
+    cfg.MODEL.TEXT.DEFINITIONS = ""
+    cfg.MODEL.TEXT.DISTRACTORS = ""
     cfg.MODEL.TEXT.CENTER = True
+    cfg.MODEL.TEXT.ADAPTER = False
 
     cfg.MODEL.CRITERION = CN()
     cfg.MODEL.CRITERION.CLASS_WEIGHT = 2.0

@@ -1,90 +1,141 @@
-"""Class embeddings T (K, Dt), of unit length, read from an embeddings file.
+"""Embeddings of names from files, for machines without a text tower.
 
-CLIP's text vectors lie in a narrow cone (cosines of 0.7 to 0.9 between street classes), which leaves a cosine
-classifier little room; a fixed mean is subtracted and the result normalised again. The mean belongs to the trained
-weights (it defines the space in which they were trained), so it is kept in the checkpoint; T is not.
+A file (.npz) holds `names` (M,) and `embeddings` (M, Dt), optionally `texts` (M,), the words that were embedded where
+they are not the names ("sidewalk" for "pavement"), and `class_index` (M,): then it holds several texts per class,
+in the order of the class list.
 """
+import difflib
 import zipfile
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
-from torch import nn
 
 from ..errors import UserError
 
 
-class ClassText(nn.Module):
-    """Holds T for a list of class names.
+@dataclass
+class _File:
+    path: str
+    rows: dict[str, int]  # name, or the words that were embedded -> row
+    embeddings: torch.Tensor  # (M, Dt)
+    names: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    class_index: np.ndarray | None = None
+    model: str = ""
+
+
+class EmbeddingTable:
+    """A source of text embeddings (see ClassText) that looks them up.
+
+    A name is looked for in one file after the other, in each first among `names`, then among `texts`.
 
     Args:
-        embeddings: (K, Dt) float, one row per class.
-        center: subtract the mean of the embeddings. With one class there is nothing to tell apart, and the mean
-            would be the class itself: it is left at zero.
+        path: the data set's embeddings file. extra: further files, for other words of the same space.
+        class_names: the classes of a file with `class_index`.
+        definitions: {class name: its texts}.
+    Raises:
+        UserError: a missing or unreadable file, files of different spaces, a class_index that does not fit.
     """
 
-    @configurable
-    def __init__(self, embeddings: torch.Tensor, *, center: bool = True):
-        super().__init__()
-        embeddings = F.normalize(embeddings.float(), dim=1)
-        mean = embeddings.mean(dim=0) if center and len(embeddings) > 1 else torch.zeros(embeddings.shape[1])
-        self.register_buffer("mean", mean)
-        self.register_buffer("raw", embeddings, persistent=False)
+    context_width = 0  # learnable context needs a tower
+
+    def __init__(self, path: str, class_names: list[str], extra: tuple[str, ...] = (),
+                 definitions: dict[str, list[str]] = None):
+        self.files = [_load(path, "MODEL.TEXT.EMBEDDINGS"),
+                      *(_load(p, "MODEL.TEXT.EXTRA_EMBEDDINGS") for p in extra)]
+        _check_one_space(self.files)
+        self.definitions = {**_indexed(self.files[0], class_names), **(definitions or {})}
 
     @classmethod
-    def from_config(cls, cfg, class_names):
-        if not cfg.MODEL.TEXT.EMBEDDINGS:
-            raise UserError("MODEL.TEXT.EMBEDDINGS is empty: name an .npz file of text embeddings, or choose "
-                            "MODEL.DECODER.CLASSIFIER linear.")
-        return {"embeddings": read_embeddings(cfg.MODEL.TEXT.EMBEDDINGS, class_names),
-                "center": cfg.MODEL.TEXT.CENTER}
+    def from_tensor(cls, embeddings: torch.Tensor, names: list[str]) -> "EmbeddingTable":
+        """A table of (K, Dt) embeddings, one per name."""
+        table = cls.__new__(cls)
+        table.files = [_File("embeddings", {name: i for i, name in enumerate(names)}, embeddings.float(), names, names)]
+        table.definitions = {}
+        return table
 
-    @property
-    def dim(self) -> int:
-        return self.raw.shape[1]
+    def texts(self, name: str) -> list[str]:
+        """The texts that stand for a class."""
+        return self.definitions.get(name, [name])
 
-    def forward(self):
-        """Return T (K, Dt), centred, of unit length."""
-        return F.normalize(self.raw - self.mean, dim=1)
+    def words(self, name: str) -> str:
+        """The words that were embedded for a name."""
+        file, row = self._find(name) or (None, None)
+        return file.texts[row] if file else name
 
+    def embed(self, texts: list[str], owners: list[str]) -> torch.Tensor:
+        """(M, Dt) of unit length. owners: for each text the name of its class, for errors.
 
-def read_embeddings(path: str, class_names: list[str]) -> torch.Tensor:
-    """Read the rows of `class_names` from an .npz file with `names` (M,) and `embeddings` (M, Dt).
-
-    With `class_index` (M,) the file holds several texts per class (definitions), listed in the order of
-    `class_names`; their normalised mean is returned.
-
-    Raises:
-        UserError: a missing or unreadable file, a class without an embedding, a vector of zeros or NaN.
-    """
-    names, vectors, class_index = _load(path)
-    vectors = F.normalize(torch.from_numpy(vectors.astype(np.float32)), dim=1)
-    if class_index is None:
-        row = {name: i for i, name in reversed(list(enumerate(names)))}
-        missing = [name for name in class_names if name not in row]
+        Raises:
+            UserError: a text that no file has, a vector of zeros or NaN.
+        """
+        found = [self._find(text) for text in texts]
+        missing = [i for i, place in enumerate(found) if place is None]
         if missing:
-            raise UserError(f"{path}: no text embedding for class {missing[0]!r} ({len(missing)} missing of "
-                            f"{len(class_names)}); make a file for these names, see datasets/README.md.")
-        rows = vectors[[row[name] for name in class_names]]
-    else:
-        if len(set(class_index.tolist())) != len(class_names) or class_index.max() >= len(class_names):
-            raise UserError(f"{path}: class_index names {len(set(class_index.tolist()))} classes, the data set has "
-                            f"{len(class_names)}.")
-        rows = torch.stack([vectors[torch.from_numpy(class_index == k)].mean(0) for k in range(len(class_names))])
-    if not torch.isfinite(rows).all() or (rows.norm(dim=1) < 1e-6).any():
-        raise UserError(f"{path}: an embedding is zero or not finite; make the file anew.")
-    return F.normalize(rows, dim=1)
+            self._raise_missing([texts[i] for i in missing], owners[missing[0]], len(texts))
+        if not texts:
+            return torch.zeros(0, self.files[0].embeddings.shape[1])
+        rows = torch.stack([file.embeddings[row] for file, row in found])
+        for i in (~torch.isfinite(rows).all(dim=1) | (rows.norm(dim=1) < 1e-6)).nonzero().flatten().tolist():
+            raise UserError(f"{found[i][0].path}: the embedding of {texts[i]!r} is zero or not finite; make the file "
+                            "anew.")
+        return F.normalize(rows, dim=1)
+
+    def _find(self, text):
+        return next(((file, file.rows[text]) for file in self.files if text in file.rows), None)
+
+    def _raise_missing(self, missing, owner, total):
+        known = [name for file in self.files for name in file.rows]
+        near = difflib.get_close_matches(missing[0], known, n=3)
+        text = "" if owner == missing[0] else f", text {missing[0]!r}"
+        raise UserError(f"{self.files[0].path}: no text embedding for {owner!r}{text} ({len(missing)} missing of "
+                        f"{total}; similar: {', '.join(near) or 'none'}); make a file for these names, see "
+                        "datasets/README.md, or name one that has them in MODEL.TEXT.EXTRA_EMBEDDINGS.")
 
 
-def _load(path):
+def _indexed(file, class_names):
+    """{class: its texts} of a file with class_index."""
+    if file.class_index is None:
+        return {}
+    index = file.class_index
+    if set(index.tolist()) != set(range(len(class_names))):
+        raise UserError(f"{file.path}: class_index names {len(set(index.tolist()))} classes, the data set has "
+                        f"{len(class_names)}.")
+    return {name: [file.names[row] for row in np.flatnonzero(index == k)] for k, name in enumerate(class_names)}
+
+
+def _check_one_space(files):
+    first = files[0]
+    for other in files[1:]:
+        width, wanted = other.embeddings.shape[1], first.embeddings.shape[1]
+        if width != wanted:
+            raise UserError(f"{other.path}: its embeddings have {width} numbers, those of {first.path} {wanted}; use "
+                            "files made by one model.")
+        if first.model and other.model and first.model != other.model:
+            raise UserError(f"{other.path}: made by {other.model}, {first.path} by {first.model}; use files made by "
+                            "one model.")
+
+
+def _load(path, key):
     try:
         with np.load(path, allow_pickle=False) as data:
-            return ([str(name) for name in data["names"]], data["embeddings"],
-                    data["class_index"] if "class_index" in data else None)
+            names = [str(name).strip() for name in data["names"]]
+            texts = [str(text).strip() for text in data["texts"]] if "texts" in data else names
+            embeddings = torch.from_numpy(data["embeddings"].astype(np.float32))
+            index = data["class_index"] if "class_index" in data else None
+            model = str(data["model"]) if "model" in data else ""
     except FileNotFoundError:
-        raise UserError(f"{path}: no such embeddings file (MODEL.TEXT.EMBEDDINGS); make one as datasets/README.md "
-                        "says, or choose MODEL.DECODER.CLASSIFIER linear.") from None
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no such embeddings file ({key}); make one as datasets/README.md says, or choose "
+                        "MODEL.DECODER.CLASSIFIER linear.") from None
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not an embeddings file ({' '.join(str(error).split())}); it needs the arrays "
                         "names and embeddings.") from None
+    lengths = {len(names), len(texts), len(embeddings), len(names if index is None else index)}
+    if embeddings.dim() != 2 or len(lengths) != 1:
+        raise UserError(f"{path}: embeddings have the shape {tuple(embeddings.shape)}, {len(names)} names need "
+                        f"({len(names)}, width).")
+    # Later entries win: names over texts, and the first of two that are alike.
+    rows = {text: i for words in (texts, names) for i, text in reversed(list(enumerate(words)))}
+    return _File(path, rows, embeddings, names, texts, index, model)
