@@ -8,10 +8,14 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 def build_optimizer(cfg, model) -> torch.optim.Optimizer:
     """AdamW; weight decay spares norms and embeddings, the backbone learns at SOLVER.BACKBONE_MULTIPLIER."""
     solver = cfg.SOLVER
+
+    def factor(name):  # a ViT's feature pyramid has no pretrained weights to be careful with
+        pretrained = name.startswith("backbone.") and not name.startswith("backbone.pyramid.")
+        return solver.BACKBONE_MULTIPLIER if pretrained else 1.0
+
     groups = get_default_optimizer_params(
         model, base_lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0)
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM, lr_factor_func=factor)
     return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR)
 
 

@@ -4,7 +4,8 @@ Detectron2's ResNets come from detectron2 itself (`build_resnet_backbone`); the 
 its BACKBONE_REGISTRY, so that MODEL.BACKBONE.NAME chooses between all of them.
 """
 from .build import build_backbone
+from .clip_model import CLIPBackbone
 from .mobilenet import MobileNetV2
 from .timm_model import TimmBackbone
 
-__all__ = ["MobileNetV2", "TimmBackbone", "build_backbone"]
+__all__ = ["CLIPBackbone", "MobileNetV2", "TimmBackbone", "build_backbone"]
