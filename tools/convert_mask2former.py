@@ -1,0 +1,186 @@
+"""Turn an official Mask2Former checkpoint into an initialisation for HierVL.
+
+    python tools/convert_mask2former.py model_final.pkl mask2former.pth --config-file configs/camvid_23.yaml
+    python train_net.py --config-file configs/camvid_23.yaml MODEL.WEIGHTS mask2former.pth
+
+With --config-file the weights are compared with that config's network: what has no place in it, or another shape, is
+left out and listed. Without it they are renamed only. The class head is for Mask2Former's own classes: it is kept for
+MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier), never for text.
+"""
+import argparse
+import collections
+import os
+import pickle
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from hiervl.checkpoint import atomic_write, read_state  # noqa: E402
+from hiervl.config import load_config  # noqa: E402
+from hiervl.errors import UserError  # noqa: E402
+
+PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
+            "sem_seg_head.predictor.": "decoder."}
+CLASS_HEAD = "decoder.class_embed."
+# Weights that every Mask2Former has, and what has them not.
+LANDMARKS = {"decoder.transformer_cross_attention_layers.0.multihead_attn.in_proj_weight": "masked-attention decoder",
+             "pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.weight":
+                 "deformable-attention pixel decoder"}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dicts of arrays and nothing that could run code: detectron2's .pkl checkpoints hold no more."""
+
+    ALLOWED = {("collections", "OrderedDict"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),
+               ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
+               ("numpy._core.numeric", "_frombuffer")}
+
+    def find_class(self, module, name):
+        module = module.replace("numpy.core", "numpy._core")  # numpy 1 wrote the one, numpy 2 has the other
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """The weights of a .pkl or .pth checkpoint, under the names they have there.
+
+    Raises:
+        UserError: no such file, or no checkpoint.
+    """
+    if path.endswith(".pkl"):
+        try:
+            with open(path, "rb") as file:
+                state = _ArrayUnpickler(file, encoding="latin1").load()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such checkpoint.") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a pickled checkpoint of arrays, or damaged: {error}") from None
+    else:
+        state = read_state(path, "the file to convert")
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state.items()
+               if isinstance(value, (np.ndarray, torch.Tensor))}
+    if not weights:
+        raise UserError(f"{path}: holds no weights.")
+    return weights
+
+
+def new_name(name: str) -> str | None:
+    """HierVL's name of a weight of Mask2Former, None when it has no place."""
+    if name.startswith("sem_seg_head.") and not name.startswith(("sem_seg_head.predictor.",
+                                                                 "sem_seg_head.pixel_decoder.")):
+        name = name.replace("sem_seg_head.", "sem_seg_head.pixel_decoder.", 1)  # before it became a module of its own
+    for old, new in PREFIXES.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            # Names of early checkpoints.
+            name = name.replace("decoder.static_query.", "decoder.query_feat.")
+            return "decoder.level_embed.weight" if name == "decoder.level_embed" else name
+    return None
+
+
+def convert(weights: dict, path: str) -> tuple[dict, list[str]]:
+    """Rename. Returns the weights under HierVL's names, and the names that have no place.
+
+    Raises:
+        UserError: these are not the weights of a Mask2Former.
+    """
+    if any(name.startswith(("decoder.", "pixel_decoder.")) for name in weights):
+        raise UserError(f"{path}: has HierVL's own names already; name it in MODEL.WEIGHTS.")
+    names = {name: new_name(name) for name in weights}
+    result = {new: weights[name] for name, new in names.items() if new}
+    for landmark, what in LANDMARKS.items():
+        if landmark not in result:
+            raise UserError(f"{path}: not a checkpoint of Mask2Former: no {what} in it (its first weight is "
+                            f"{next(iter(weights))}).")
+    return result, [name for name, new in names.items() if not new]
+
+
+def fit(result: dict, network: torch.nn.Module, keep_classifier: bool):
+    """Split into what fits the network and what does not.
+
+    Returns:
+        fitting weights, {reason: names left out}, names of the network's weights that the file has not.
+    """
+    own, left_out, fitting = network.state_dict(), collections.defaultdict(list), {}
+    for name, value in result.items():
+        if name.startswith(CLASS_HEAD) and not keep_classifier:
+            left_out["class head"].append(name)
+        elif name not in own:
+            left_out["not in this config's network"].append(name)
+        elif own[name].shape != value.shape:
+            left_out["of another shape in this config's network"].append(
+                f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}")
+        else:
+            fitting[name] = value
+    return fitting, left_out, [name for name in own if name not in fitting]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", help="Mask2Former's checkpoint, .pkl or .pth")
+    parser.add_argument("output", help="file to write, for MODEL.WEIGHTS")
+    parser.add_argument("--config-file", default="", help="HierVL config of the network that is to use it")
+    parser.add_argument("--keep-classifier", action="store_true", help="without a config: keep the class head")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    result, no_place = convert(read_weights(args.input), args.input)
+    left_out, absent = {"without a place in HierVL": no_place}, []
+    if args.config_file:
+        result, more, absent = fit(result, *build_network(args))
+        left_out.update(more)
+        if not any(landmark in result for landmark in LANDMARKS):
+            raise UserError(f"{args.input}: neither of its decoders fits the network of {args.config_file}; use a "
+                            "config with Mask2Former's sizes (CONV_DIM, HIDDEN_DIM 256).")
+    elif not args.keep_classifier:
+        left_out["class head"] = [name for name in result if name.startswith(CLASS_HEAD)]
+        result = {name: value for name, value in result.items() if not name.startswith(CLASS_HEAD)}
+    with atomic_write(args.output) as file:
+        torch.save({"model": result}, file)
+    report(args.output, result, left_out, absent)
+
+
+def build_network(args):
+    """The config's network, and whether its classifier is Mask2Former's."""
+    from detectron2.modeling import build_model
+
+    from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
+    from hiervl.data import datasets  # noqa: F401  (registers the data sets)
+
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    return build_model(cfg), cfg.MODEL.DECODER.CLASSIFIER == "linear"
+
+
+def report(path, result, left_out, absent):
+    parts = ", ".join(f"{part} {sum(name.startswith(part + '.') for name in result)}"
+                      for part in ("backbone", "pixel_decoder", "decoder"))
+    print(f"{path}: {len(result)} weights ({parts})")
+    for reason, names in left_out.items():
+        if names:
+            print(f"left out, {reason}: {len(names)} ({_few(names)})")
+    if absent:
+        print(f"not in the file, so initialised anew: {len(absent)} ({_few(absent)})")
+
+
+def _few(names):
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def main(argv=None) -> int:
+    try:
+        run(parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
