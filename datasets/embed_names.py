@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Embeds class names with a sentence model and writes the file that MODEL.TEXT.EMBEDDINGS names.
+"""Embeds class names and writes the file that MODEL.TEXT.EMBEDDINGS names: with a CLIP text tower or a sentence model.
+
+    python datasets/embed_names.py --tower ViT-B-16 --pretrained openai --table shapes --out FILE.npz
 
     pip install --target /tmp/sentence sentence-transformers      # not needed by HierVL itself
     PYTHONPATH=/tmp/sentence python datasets/embed_names.py --model FOLDER --table shapes --out FILE.npz
@@ -14,35 +16,63 @@ from pathlib import Path
 
 import numpy as np
 
-TABLES = Path(__file__).resolve().parents[1] / "hiervl" / "data" / "tables"
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ROOT / "hiervl" / "data" / "tables"
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a sentence model (or its name on the hub)")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--tower", help="open_clip model, or local-dir:FOLDER, as in MODEL.TEXT.MODEL")
+    model.add_argument("--model", help="folder of a sentence model (or its name on the hub)")
+    parser.add_argument("--pretrained", default="openai", help="the tower's weights: tag or file (%(default)s)")
     parser.add_argument("--model-name", help="what to call it in the file (default: the folder's name)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--table", help="data set whose class names are embedded, such as shapes")
     source.add_argument("--names", help="text file: a line per name, or name<TAB>text")
-    parser.add_argument("--template", default="a photo of a {}", help="the sentence; {} is the text (%(default)s)")
+    parser.add_argument("--template", action="append", metavar="SENTENCE",
+                        help="sentence with {} for the text; several are averaged (a photo of a {})")
     parser.add_argument("--out", required=True, help="file to write (.npz)")
-    args = parser.parse_args()
-    if "{}" not in args.template:
+    args = parser.parse_args(argv)
+    templates = args.template or ["a photo of a {}"]
+    if any("{}" not in template for template in templates):
         parser.error("--template has no {} for the name")
     names, texts = read_table(args.table) if args.table else read_names(args.names)
+    if args.tower:
+        embeddings = embed_with_tower(args.tower, args.pretrained, templates, texts)
+        model_name = args.model_name or f"{args.tower} {args.pretrained}"
+    else:
+        embeddings = normalized(sum(embed(args.model, [t.format(text) for text in texts]) for t in templates))
+        model_name = args.model_name or Path(args.model).name
     np.savez(
         args.out,
         names=np.array(names),
         texts=np.array(texts),
-        embeddings=embed(args.model, [args.template.format(text) for text in texts]),
-        model=np.array(args.model_name or Path(args.model).name),
-        template=np.array(args.template),
+        embeddings=embeddings.astype(np.float16),
+        model=np.array(model_name),
+        template=np.array(" | ".join(templates)),
     )
     print(f"{args.out}: {len(names)} names")
 
 
+def embed_with_tower(model: str, pretrained: str, templates: list[str], texts: list[str]) -> np.ndarray:
+    """Unit vectors (texts, width), means over the templates."""
+    sys.path.insert(0, str(ROOT))
+    from hiervl.errors import UserError
+    from hiervl.text import TextTower
+
+    try:
+        return TextTower(model, pretrained, tuple(templates)).embed(texts, texts).numpy()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def embed(model: str, sentences: list[str]) -> np.ndarray:
-    """Unit vectors, float16 (sentences, width)."""
+    """Unit vectors (sentences, width) of a sentence model."""
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(model, device="cpu")
@@ -50,8 +80,7 @@ def embed(model: str, sentences: list[str]) -> np.ndarray:
     for sentence, tokens in zip(sentences, lengths):
         if len(tokens) > encoder.max_seq_length:
             sys.exit(f"error: '{sentence}' has {len(tokens)} tokens, the model reads {encoder.max_seq_length}")
-    vectors = encoder.encode(sentences, normalize_embeddings=True, convert_to_numpy=True)
-    return vectors.astype(np.float16)
+    return encoder.encode(sentences, normalize_embeddings=True, convert_to_numpy=True)
 
 
 def read_table(name: str) -> tuple[list[str], list[str]]:
