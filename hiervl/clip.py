@@ -39,8 +39,9 @@ def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         if tag or model.startswith("hf-hub:"):
             name = f"{model}-quickgelu" if options and not model.endswith("-quickgelu") else model
+            instead = ", or make an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
             raise UserError(f"{key}: the weights {model} {pretrained} could not be downloaded; fetch them elsewhere "
-                            f"and name the file in {key}.PRETRAINED (with MODEL {name}). {reason}") from error
+                            f"and name the file in {key}.PRETRAINED (with MODEL {name}){instead}. {reason}") from error
         raise UserError(f"{model if named else pretrained}: does not hold the weights of {key}.MODEL {model} "
                         f"({reason}).") from error
     return network.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ CLIP was trained with other colours than ImageNet's networks: MODEL.PIXEL_MEAN [
 MODEL.PIXEL_STD [68.501, 66.632, 70.323]. Sizes that are no multiple of the patch: see feature_pyramid.py.
 """
 import copy
+import logging
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
@@ -15,6 +16,8 @@ from ..clip import load_clip
 from .clip_towers import ViTTower, build_tower
 from .feature_pyramid import STRIDES, SimpleFeaturePyramid
 from .frozen_norm import freeze_norms
+
+logger = logging.getLogger(__name__)
 
 
 @BACKBONE_REGISTRY.register()
@@ -39,6 +42,7 @@ class CLIPBackbone(Backbone):
     def from_config(cls, cfg, input_shape):
         options = cfg.MODEL.BACKBONE.CLIP
         network = load_clip(options.MODEL, options.PRETRAINED, "MODEL.BACKBONE.CLIP")
+        _compare_colours(cfg.MODEL, network.visual)
         return {"visual": network.visual, "name": options.MODEL, "drop_path": options.DROP_PATH}
 
     @property
@@ -74,6 +78,13 @@ class CLIPBackbone(Backbone):
 
     def _features(self, maps, image):
         return self.pyramid(maps[0], image.shape[-2:]) if self.pyramid is not None else dict(zip(STRIDES, maps))
+
+
+def _compare_colours(model_options, visual):
+    for key, own in (("PIXEL_MEAN", visual.image_mean), ("PIXEL_STD", visual.image_std)):
+        trained = [round(255 * value, 3) for value in own]
+        if max(abs(a - b) for a, b in zip(model_options[key], trained)) > 0.5:
+            logger.warning("MODEL.%s is %s, the tower was trained with %s", key, model_options[key], trained)
 
 
 class FrozenCLIP(Backbone):

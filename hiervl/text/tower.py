@@ -71,15 +71,20 @@ class TextTower:
 
     def embed(self, texts: list[str], owners: list[str]) -> torch.Tensor:
         """(M, Dt) of unit length, from the cache if it has them. owners: each text's class, for errors."""
-        identity = [clip_fingerprint(self.model, self.pretrained, "MODEL.TEXT"), self.templates]
+        identity = [self._fingerprint, self.templates]
         return cached_embeddings(self.cache, identity, texts, lambda: self._ensemble(texts, owners))
+
+    @cached_property
+    def _fingerprint(self):
+        return clip_fingerprint(self.model, self.pretrained, "MODEL.TEXT")
 
     @torch.no_grad()
     def _ensemble(self, texts, owners):
         sentences = [template.format(text) for text in texts for template in self.templates]
         owners = [owner for owner in owners for _ in self.templates]
         tokens = self._tokens(sentences, owners, self._clip.context_length)
-        vectors = torch.cat([self._encode(chunk).cpu() for chunk in tokens.split(_CHUNK)])
+        with torch.autocast(next(self._clip.parameters()).device.type, enabled=False):  # what is cached is float32
+            vectors = torch.cat([self._encode(chunk).cpu() for chunk in tokens.split(_CHUNK)])
         if not torch.isfinite(vectors).all():
             raise UserError(f"{self.pretrained}: the text tower {self.model} gives embeddings that are not finite; get "
                             "its weights anew (MODEL.TEXT.PRETRAINED).")

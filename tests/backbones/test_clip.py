@@ -174,8 +174,13 @@ def config(folder, *overrides):
                             "MODEL.BACKBONE.CLIP.MODEL", f"local-dir:{folder}", *overrides])
 
 
-def test_from_the_config(folder):
+def test_from_the_config(folder, caplog):
     backbone = build_backbone(config(folder))
+    assert "MODEL.PIXEL_MEAN is [123.675, 116.28, 103.53], the tower was trained with [122.771, 116.746" in caplog.text
+    caplog.clear()
+    build_backbone(config(folder, "MODEL.PIXEL_MEAN", [122.771, 116.746, 104.094],
+                          "MODEL.PIXEL_STD", [68.501, 66.632, 70.323]))
+    assert "trained with" not in caplog.text
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     assert torch.equal(backbone.tower.conv1.weight, state["visual.conv1.weight"])
     assert backbone.tower.conv1.weight.requires_grad

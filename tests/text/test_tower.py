@@ -255,11 +255,12 @@ def test_weights_that_are_not_finite(tiny_name, tower_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_does_not_reach_the_tower(make_text, dtype):
+def test_autocast_does_not_reach_the_tower(make_text, tmp_path, dtype):
     text = make_text(CONTEXT_TOKENS=2)
-    expected = text()
+    expected, other = text(), make_text(["road"]).raw
     with torch.autocast("cpu", dtype):
         assert torch.equal(text(), expected)
+        assert torch.equal(make_text(["road"], CACHE=str(tmp_path / "new")).raw, other)
 
 
 def test_templates_without_a_place_for_the_name(make_text, tmp_path):
