@@ -57,6 +57,9 @@ class ClassText(nn.Module):
         definitions = read_definitions(options.DEFINITIONS)
         if options.EMBEDDINGS:
             source = EmbeddingTable(options.EMBEDDINGS, class_names, options.EXTRA_EMBEDDINGS, definitions)
+        elif options.EXTRA_EMBEDDINGS:
+            raise UserError("MODEL.TEXT.EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty; a text tower "
+                            "embeds any word.")
         else:
             source = TextTower(options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions,
                                options.CACHE)
@@ -76,7 +79,8 @@ class ClassText(nn.Module):
 
     def _hold(self, names, raw, index):
         _check_embeddings(names, _class_means(raw, index, len(names)))
-        taken = {text.casefold() for name in names for text in (name, self.source.words(name))}
+        taken = {text.casefold() for name in names
+                 for text in (name, self.source.words(name), *self.source.texts(name))}
         words = [w for w in self._all_distractors if not {w.casefold(), self.source.words(w).casefold()} & taken]
         distractors = self.source.embed(words, words) if words else raw[:0]
         device = self.mean.device

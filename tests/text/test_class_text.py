@@ -145,6 +145,8 @@ def test_distractors_leave_out_the_classes_and_the_words_they_stand_for(table):
     text.set_classes(["a", "c"])
     assert text.distractors()[0] == ["b", "word p", "g"]
     assert ClassText(table, ["a", "b"]).distractors()[1].shape == (0, 16)
+    table.definitions = {"a": ["a", "g"]}
+    assert ClassText(table, ["a", "p"], distractors=["c", "g"]).distractors()[0] == ["c"]
 
 
 def test_an_unknown_distractor_is_named(table):
@@ -187,6 +189,12 @@ def test_definitions_of_another_structure(tmp_path, content, message):
     (tmp_path / "d.yaml").write_text(content)
     with pytest.raises(UserError, match=f"d.yaml.*{message}"):
         read_definitions(str(tmp_path / "d.yaml"))
+
+
+def test_extra_files_need_a_file():
+    cfg = load_config("", ["MODEL.TEXT.EXTRA_EMBEDDINGS", ("x.npz",)])
+    with pytest.raises(UserError, match="EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty"):
+        ClassText(cfg, ["a", "b"])
 
 
 def test_context_tokens_need_a_tower(tmp_path):
