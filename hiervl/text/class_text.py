@@ -58,8 +58,8 @@ class ClassText(nn.Module):
         if options.EMBEDDINGS:
             source = EmbeddingTable(options.EMBEDDINGS, class_names, options.EXTRA_EMBEDDINGS, definitions)
         elif options.EXTRA_EMBEDDINGS:
-            raise UserError("MODEL.TEXT.EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty; a text tower "
-                            "embeds any word.")
+            raise UserError("MODEL.TEXT.EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty; a "
+                            "text tower embeds any word.")
         else:
             source = TextTower(options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions,
                                options.CACHE)
