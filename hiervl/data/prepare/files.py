@@ -78,14 +78,14 @@ def write_lines(path: str, lines: Iterable[str]) -> None:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file, without empty ones and those that begin with '#'.
+    """The lines of a text file, without empty ones.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return [line.rstrip("\r\n") for line in file if line.strip() and not line.startswith("#")]
+            return [line.rstrip("\r\n") for line in file if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError:
