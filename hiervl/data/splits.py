@@ -16,7 +16,8 @@ def load_split(
         root: the data set's folder, which the lists are relative to.
         pool: all training images. Where a published split has no
             ``unlabeled.txt`` (COCO), the unlabelled images are the pool minus
-            the labelled ones.
+            the labelled ones; there may be none, which is a mistake only for
+            those who want to train on them.
         paths: where masks and instance maps are, see :class:`PackedIndex`.
 
     Returns:
@@ -31,10 +32,7 @@ def load_split(
     unlabeled_file = os.path.join(split_dir, "unlabeled.txt")
     labeled = PackedIndex.from_list_file(os.path.join(split_dir, "labeled.txt"), root, need_mask=True, paths=paths)
     if pool is not None and not os.path.exists(unlabeled_file):
-        unlabeled = pool.without(labeled)
-        if not len(unlabeled):
-            raise UserError(f"{split_dir}: every image of the pool is labelled; none is left over")
-        return labeled, unlabeled
+        return labeled, pool.without(labeled)
     unlabeled = PackedIndex.from_list_file(unlabeled_file, root, paths=paths)
     names = {image for image, _ in labeled.all_names()}
     both = next((image for image, _ in unlabeled.all_names() if image in names), None)

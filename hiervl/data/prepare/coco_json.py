@@ -68,16 +68,18 @@ class CocoMasks:
     """Maker of masks from annotations; a job's key is (file number, image id).
 
     Overlapping objects are resolved by one rule: the smaller one (in pixels) lies on top, of equals the later one.
-    Crowd regions are ignored where no single object lies on them; pixels of neither are 0, the background.
+    Crowd regions are ignored where no single object lies on them; pixels of neither are the background.
 
     Args:
         files: the annotation files.
         classes: the class names; a category's class is found by its name.
         ignore_label: of crowds.
+        background: id of pixels without an object.
     """
 
-    def __init__(self, files: Sequence[CocoFile], classes: Sequence[str], ignore_label: int) -> None:
-        self.files, self.ignore_label = list(files), ignore_label
+    def __init__(self, files: Sequence[CocoFile], classes: Sequence[str], ignore_label: int,
+                 background: int = 0) -> None:
+        self.files, self.ignore_label, self.background = list(files), ignore_label, background
         index = {name: i for i, name in enumerate(classes)}
         for file in files:
             strange = next((name for name in file.categories.values() if name not in index), None)
@@ -94,7 +96,7 @@ class CocoMasks:
                 f"{job.image} is {size[1]}x{size[0]}, {file.path} says {annotated[1]}x{annotated[0]}; "
                 "use the image that was annotated"
             )
-        label, numbers = np.zeros(size, np.uint8), np.zeros(size, np.uint16)
+        label, numbers = np.full(size, self.background, np.uint8), np.zeros(size, np.uint16)
         objects = [(a, *_region(a, size, file.path)) for a in file.annotations(image_id)]
         # Sorted stably: crowds first, so that they lie at the bottom, then from large to small.
         objects.sort(key=lambda o: (not o[0].get("iscrowd", 0), -o[1]))

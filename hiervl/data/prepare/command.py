@@ -34,20 +34,34 @@ class Plan:
     problems: tuple[str, ...] = ()
 
 
-def parser(doc: str, folder: str) -> argparse.ArgumentParser:
-    """A parser with the options that every preparation has."""
+def parser(doc: str, folder: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every preparation has; ``folder`` is the data set's under the data root."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--root", default=os.path.join(data_root(), folder), help="the data set's folder (%(default)s)")
+    root = os.path.join(data_root(), folder) if folder else None
+    result.add_argument("--root", default=root, help=f"the data set's folder ({root or 'NAME under the data root'})")
     result.add_argument("--workers", type=int, default=cores(), help="processes (%(default)s)")
     result.add_argument("--check", action="store_true", help="write nothing; check what is there")
     result.add_argument("--partial", action="store_true", help="accept other numbers of images than the official ones")
     return result
 
 
-def run(make_plan: Callable[[argparse.Namespace], Plan], args: argparse.Namespace) -> int:
-    """Carries a plan out. Returns the exit status: 0 only if nothing is wrong."""
+def run(make_plan: Callable[[argparse.Namespace], Plan], args: argparse.Namespace,
+        finish: Callable[[Plan], str] | None = None) -> int:
+    """Carries a plan out, or checks it.
+
+    Args:
+        make_plan: makes it.
+        finish: writes what else belongs to the data set and returns what to tell the user.
+
+    Returns:
+        the exit status: 0 only if nothing is wrong.
+    """
     try:
-        return execute(make_plan(args), args)
+        plan = make_plan(args)
+        status = execute(plan, args)
+        if finish is not None and not args.check:
+            print(finish(plan))
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
