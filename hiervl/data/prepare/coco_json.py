@@ -87,7 +87,7 @@ class CocoMasks:
                 raise UserError(f"{file.path} has the category '{strange}', which is not in the class list; add it")
         self._class_of = [{c: index[name] for c, name in file.categories.items()} for file in files]
 
-    def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         number, image_id = job.key
         file = self.files[number]
         annotated = file.images[image_id][1:]
@@ -96,16 +96,19 @@ class CocoMasks:
                 f"{job.image} is {size[1]}x{size[0]}, {file.path} says {annotated[1]}x{annotated[0]}; "
                 "use the image that was annotated"
             )
-        label, numbers = np.full(size, self.background, np.uint8), np.zeros(size, np.uint16)
+        # In the order of run lengths, down the columns: painting is then four times as fast.
+        label = np.full(size, self.background, np.uint8, order="F")
+        numbers = np.zeros(size, np.uint16, order="F") if job.instances else None
         objects = [(a, *_region(a, size, file.path)) for a in file.annotations(image_id)]
         # Sorted stably: crowds first, so that they lie at the bottom, then from large to small.
         objects.sort(key=lambda o: (not o[0].get("iscrowd", 0), -o[1]))
         for i, (annotation, _, region) in enumerate(objects, start=1):
             crowd = annotation.get("iscrowd", 0)
             covered = rle.decode(region).view(bool)
-            label[covered] = self.ignore_label if crowd else self._class(number, annotation)
-            numbers[covered] = 0 if crowd else i
-        return label, numbers
+            np.copyto(label, self.ignore_label if crowd else self._class(number, annotation), where=covered)
+            if numbers is not None:
+                np.copyto(numbers, 0 if crowd else i, where=covered)
+        return np.ascontiguousarray(label), None if numbers is None else np.ascontiguousarray(numbers)
 
     def _class(self, number: int, annotation: dict) -> int:
         category = annotation["category_id"]
