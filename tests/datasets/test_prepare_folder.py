@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import signal
 import time
 
 import numpy as np
@@ -227,8 +228,25 @@ def square(x):
     return x * x
 
 
-def test_processes_keep_the_order():
+def killed_at_five(x):
+    if x == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_keep_the_order_and_notice_a_killed_one():
     assert list(parallel(square, range(50), 2, "")) == [x * x for x in range(50)]
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(parallel(killed_at_five, range(50), 2, ""))
+
+
+def test_several_processes_make_what_one_does(prepare, data_root, run, own):
+    assert prepare().status == 0
+    one = {p.name: p.read_bytes() for p in (data_root / "folder" / "masks").rglob("*.png")}
+    damage(own, "truncated png")
+    result = prepare("--name", "two", "--workers", 2)
+    assert result.status == 1 and result.err.count("error: ") == 1
+    two = {p.name: p.read_bytes() for p in (data_root / "two" / "masks").rglob("*.png")}
+    assert two == {name: content for name, content in one.items() if name != "foto 2.png"}
 
 
 def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
