@@ -87,6 +87,12 @@ def test_unlabelled_images_and_images_to_validate_on(prepare, own, data_root):
     assert result.status == 1 and "is in the training images and in the ones to validate on" in result.err
 
 
+def test_a_name_that_is_taken_and_a_folder_outside_the_data_root(prepare, tmp_path):
+    assert "--name coco is the name of a data set" in prepare("--name", "coco").err
+    result = prepare("--root", tmp_path / "elsewhere" / "mine")
+    assert result.status == 0 and f"DETECTRON2_DATASETS={tmp_path / 'elsewhere'} and DATASETS.TRAIN" in result.out
+
+
 def test_coco_json_with_instances(run, data_root, tmp_path):
     miniatures.coco(tmp_path / "coco")
     classes = tmp_path / "classes.txt"

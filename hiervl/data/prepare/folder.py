@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from ...errors import UserError
-from ..datasets import OWN_TABLE, DatasetTable, data_root
+from ..datasets import OWN_TABLE, TABLES, DatasetTable, data_root
 from ..images import read_label
 from ..index import MaskPaths, PackedIndex
 from .coco_json import CocoFile, CocoMasks
@@ -27,6 +27,8 @@ _SPLIT = "splits/all"
 def make_plan(args: argparse.Namespace) -> Plan:
     """Labelled images to train on, then unlabelled ones; images to validate on, given or drawn by seed."""
     classes, palette = read_classes(args.classes), read_palette(args.palette) if args.palette else None
+    if (TABLES / f"{args.name}.yaml").exists():
+        raise UserError(f"--name {args.name} is the name of a data set that HierVL knows; choose another")
     root = args.root or os.path.join(data_root(), args.name)
     coco = [CocoFile(path) for path in (args.coco, args.val_coco) if path]
     if coco:
@@ -251,7 +253,8 @@ def _write_split(plan: Plan) -> str:
             write_lines(path, lines)
         elif os.path.exists(path):
             os.remove(path)
-    name = plan.table.name
+    name, parent = plan.table.name, os.path.dirname(os.path.abspath(plan.root))
+    where = "" if os.path.realpath(parent) == os.path.realpath(data_root()) else f"DETECTRON2_DATASETS={parent} and "
     return (f"{counts['labeled']} labelled and {counts['unlabeled']} unlabelled images; to train on them:\n"
-            f"  DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
+            f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
             f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}")
