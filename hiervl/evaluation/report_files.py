@@ -10,7 +10,8 @@ from ..checkpoint import atomic_write
 from .report import per_class_table, reliability_table
 
 REPORT, CSV, PICTURE = "report.txt", "confusion.csv", "confusion.png"
-_NAMED = 60  # classes; with more, names and figures would be too small to read
+_NAMED = 40  # classes; with more, names and figures would be too small to read
+_SHOWN = 0.01  # smaller shares get no figure
 
 
 def write_report_files(result: dict, folder: str, previous: dict | None = None) -> None:
@@ -43,16 +44,20 @@ def confusion_picture(matrix: np.ndarray, classes: list[str]) -> bytes:
     truth = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, truth, out=np.full(matrix.shape, np.nan), where=truth > 0)
     named = len(classes) <= _NAMED
-    side = 2.5 + (0.3 * len(classes) if named else 9)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
+    # A margin for the longest name, in inches; Matplotlib's own layout would draw everything twice.
+    margin = 0.6 + (0.09 * max(map(len, classes)) if named else 0.2)
+    field = 0.3 * len(classes) + 0.5 if named else 10.0
+    edge = 0.1
+    side = margin + field + edge
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((margin / side, margin / side, 1 - (margin + edge) / side, 1 - (margin + edge) / side))
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axes.set_xlabel("predicted")
     axes.set_ylabel("ground truth")
     if named:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
-        for row, column in zip(*np.nonzero(shares >= 0.005)):
+        for row, column in zip(*np.nonzero(shares >= _SHOWN)):
             share = shares[row, column]
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6,
                       color="white" if share > 0.5 else "black")
