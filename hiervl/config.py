@@ -127,6 +127,8 @@ def _add_data(cfg):
     cfg.TEST.MODE = "whole"
     cfg.TEST.WINDOW = (512, 512)
     cfg.TEST.STRIDE = (341, 341)
+    cfg.TEST.BOUNDARY_IOU = False
+    cfg.TEST.COMPARE = ""
 
 
 def _add_semi(cfg):

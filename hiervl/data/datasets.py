@@ -1,11 +1,14 @@
-"""Data sets: registered from the small tables in ``hiervl/data/tables``, checked at start-up.
+"""Data sets: registered from small tables, checked at start-up.
 
-Importing this module registers every part of every table in Detectron2's catalogues. That reads the tables
-alone; lists and images are touched when a part is asked for, so that no data set need be there at import.
+The tables of the known data sets stand in ``hiervl/data/tables``; a folder of one's own brings its table along
+(``<data root>/*/dataset.yaml``, written by ``datasets/prepare_folder.py``). Importing this module registers every
+part of every table in Detectron2's catalogues. That reads the tables alone; lists and images are touched when a
+part is asked for, so that no data set need be there at import.
 """
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
 from .images import image_size, read_label
-from .index import PackedIndex
+from .index import MaskPaths, PackedIndex
 
 TABLES = Path(__file__).parent / "tables"
+OWN_TABLE = "dataset.yaml"
 DEFAULT_SPLIT_ROOT = "datasets/splits"
 
 
@@ -29,33 +33,54 @@ class DatasetTable:
         name: of the data set.
         folder: its folder under the data root.
         ignore_label: the id of pixels without a class.
-        parts: part name -> {"list": file in the folder} or {"split_list": file under the split root}.
+        parts: part name -> {"list": file in the folder} or {"split_list": file under the split root}, and
+            "images", how many it has, where that is known.
         classes: class names in the order of their ids.
         colors: (R, G, B) of each class.
         things: names of the classes whose instances can be counted.
+        paths: where masks and instance maps are.
+        first_instance: smaller values of an instance map are no single objects.
+        label_ids: ids of the classes in the original masks, where those differ (Cityscapes).
     """
 
     name: str
     folder: str
     ignore_label: int
-    parts: dict[str, dict[str, str]]
+    parts: dict[str, dict]
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     things: tuple[str, ...]
+    paths: MaskPaths = field(default_factory=MaskPaths)
+    first_instance: int = 1
+    label_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_file(cls, path: Path) -> "DatasetTable":
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        classes = table["classes"]
-        return cls(
-            name=table["name"],
-            folder=table["folder"],
-            ignore_label=table["ignore_label"],
-            parts=table["parts"],
-            classes=tuple(c["name"] for c in classes),
-            colors=tuple(tuple(c["color"]) for c in classes),
-            things=tuple(c["name"] for c in classes if c.get("thing")),
-        )
+        """Reads a table; one that lies in a data set's folder need not name the folder.
+
+        Raises:
+            UserError: not YAML, or a key is missing.
+        """
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+            classes = table["classes"]
+            return cls(
+                name=table["name"],
+                folder=table.get("folder", path.parent.name),
+                ignore_label=table["ignore_label"],
+                parts=table["parts"],
+                classes=tuple(str(c["name"]) for c in classes),
+                colors=tuple(tuple(c["color"]) for c in classes),
+                things=tuple(str(c["name"]) for c in classes if c.get("thing")),
+                paths=MaskPaths(tuple(table.get("masks", ())), tuple(table.get("instances", ()))),
+                first_instance=table.get("first_instance", 1),
+                label_ids=tuple(c["label_id"] for c in classes if "label_id" in c),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{path} is not a table of a data set ({' '.join(str(error).split())}); make it again with "
+                "datasets/prepare_folder.py"
+            ) from None
 
 
 def data_root() -> str:
@@ -84,23 +109,34 @@ def dataset_index(name: str, split_root: str = DEFAULT_SPLIT_ROOT) -> PackedInde
     Raises:
         UserError: an unknown part, a missing folder, a missing or broken list.
     """
-    root, part = dataset_root(name), table_of(name).parts[name]
+    root, table = dataset_root(name), table_of(name)
+    part = table.parts[name]
     if "split_list" in part:
-        return PackedIndex.from_list_file(os.path.join(split_root or data_root(), part["split_list"]), root)
-    return PackedIndex.from_list_file(os.path.join(root, part["list"]), root)
+        path = os.path.join(split_root or data_root(), part["split_list"])
+    else:
+        path = os.path.join(root, part["list"])
+    return PackedIndex.from_list_file(path, root, paths=table.paths)
 
 
 def table_of(name: str) -> DatasetTable:
     """The table that part ``name`` stands in."""
-    for table in _tables():
+    tables = (*_tables(), *_own_tables())
+    for table in tables:
         if name in table.parts:
+            if name not in MetadataCatalog or MetadataCatalog.get(name).stuff_classes != list(table.classes):
+                _register(table)  # made, or made anew, since this module was imported
             return table
-    known = ", ".join(part for table in _tables() for part in table.parts)
+    known = ", ".join(part for table in tables for part in table.parts)
     raise UserError(f"DATASETS: there is no data set '{name}'; known are {known}")
 
 
 def check_dataset(
-    index: PackedIndex, num_classes: int, ignore_label: int, sample: int | None = None, masks: bool = True
+    index: PackedIndex,
+    num_classes: int,
+    ignore_label: int,
+    sample: int | None = None,
+    masks: bool = True,
+    instances: bool = False,
 ) -> None:
     """Stops at the first thing that would stop, or silently spoil, a run hours later.
 
@@ -109,10 +145,11 @@ def check_dataset(
         num_classes: valid ids are 0 to num_classes - 1 and ``ignore_label``.
         sample: look at this many images, evenly spaced; None: at all.
         masks: also open the masks. False for unlabelled images, whose masks are never opened.
+        instances: also ask for the instance maps.
 
     Raises:
         UserError: the root, an image or a mask is missing or broken; image and mask differ in size; a mask
-            has an id outside the class list.
+            has an id outside the class list; there is no instance map.
     """
     if not os.path.isdir(index.root):
         raise UserError(f"{index.root} does not exist; check DETECTRON2_DATASETS (see datasets/README.md)")
@@ -122,6 +159,25 @@ def check_dataset(
         size = image_size(record["file_name"])
         if masks:
             _check_mask(record, size, num_classes, ignore_label)
+        if instances:
+            _check_instances(record, size)
+
+
+def check_label(label: np.ndarray, mask: str, image: str, size: tuple[int, int], num_classes: int,
+                ignore_label: int) -> None:
+    """A label map (H, W) has its image's ``size`` and no id but class ids and the ignore label, or UserError."""
+    if label.shape != size:
+        raise UserError(
+            f"{mask} is {label.shape[1]}x{label.shape[0]}, its image {image} is "
+            f"{size[1]}x{size[0]}; make the mask the size of the image"
+        )
+    ids = np.flatnonzero(np.bincount(label.ravel())) if label.dtype == np.uint8 else np.unique(label)
+    wrong = ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_label)]
+    if len(wrong):
+        raise UserError(
+            f"{mask} has the id {wrong[0]}, outside the {num_classes} classes (0 to {num_classes - 1}) and not "
+            f"the ignore label {ignore_label}; correct the mask or the class list"
+        )
 
 
 def count_pixels(index: PackedIndex, num_classes: int) -> np.ndarray:
@@ -137,19 +193,18 @@ def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_la
     if "sem_seg_file_name" not in record:
         raise UserError(f"{record['file_name']} has no mask in its list; write 'image mask' on its line")
     mask = record["sem_seg_file_name"]
-    label = read_label(mask)
-    if label.shape != size:
+    check_label(read_label(mask), mask, record["file_name"], size, num_classes, ignore_label)
+
+
+def _check_instances(record: dict, size: tuple[int, int]) -> None:
+    path = record.get("instances_file_name")
+    if path is None:
         raise UserError(
-            f"{mask} is {label.shape[1]}x{label.shape[0]}, its image {record['file_name']} is "
-            f"{size[1]}x{size[0]}; make the mask the size of the image"
+            "MODEL.CRITERION.SEGMENTS is 'instances', but this data set has no instance maps; choose 'components' "
+            "or 'class_regions'"
         )
-    ids = np.unique(label)
-    wrong = ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_label)]
-    if len(wrong):
-        raise UserError(
-            f"{mask} has the id {wrong[0]}, outside the {num_classes} classes (0 to {num_classes - 1}) and not "
-            f"the ignore label {ignore_label}; correct the mask or the class list"
-        )
+    if image_size(path) != size:
+        raise UserError(f"instance map {path} has another size than {record['file_name']}; prepare the data set again")
 
 
 @cache
@@ -157,8 +212,14 @@ def _tables() -> tuple[DatasetTable, ...]:
     return tuple(DatasetTable.from_file(path) for path in sorted(TABLES.glob("*.yaml")))
 
 
+def _own_tables() -> list[DatasetTable]:
+    return [DatasetTable.from_file(path) for path in sorted(Path(data_root()).glob(f"*/{OWN_TABLE}"))]
+
+
 def _register(table: DatasetTable) -> None:
     for part in table.parts:
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop(part, None)
         DatasetCatalog.register(part, lambda part=part: dataset_index(part))
         MetadataCatalog.get(part).set(
             stuff_classes=list(table.classes),
@@ -169,5 +230,14 @@ def _register(table: DatasetTable) -> None:
         )
 
 
-for _table in _tables():
-    _register(_table)
+def _register_all() -> None:
+    for table in _tables():
+        _register(table)
+    try:
+        for table in _own_tables():
+            _register(table)
+    except UserError as error:  # told again, as an error, when one of its parts is asked for
+        logging.getLogger(__name__).warning("%s", error)
+
+
+_register_all()

@@ -55,6 +55,29 @@ def image_size(path: str) -> tuple[int, int]:
     return (width, height) if swapped else (height, width)
 
 
+def inspect_image(path: str) -> tuple[tuple[int, int], str]:
+    """Finds what would stop a run at this image, faster than read_image.
+
+    Returns:
+        (H, W) of the upright image; what is unusual, though it can be read ("" for nothing).
+
+    Raises:
+        UserError: as read_image.
+    """
+    with _opened(path) as image:
+        if image.mode[0] in "IF":
+            raise UserError(f"image {path} has more than 8 bits per channel; convert it to 8 bits")
+        width, height = image.size
+        notes = [f"mode {image.mode}, used as RGB"] if image.mode not in ("RGB", "P") else []
+        swapped = image.getexif().get(_ORIENTATION, 1) >= 5
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            notes.append("EXIF-rotated, used upright")
+        # JPEG only: decoded at an eighth of the size. All of the file is read nevertheless, so a cut one is noticed.
+        image.draft(image.mode, (width // 8, height // 8))
+        image.load()
+    return ((width, height) if swapped else (height, width)), "; ".join(notes)
+
+
 @contextmanager
 def _opened(path: str):
     """PIL image of ``path``; whatever goes wrong inside becomes a UserError."""

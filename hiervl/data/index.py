@@ -8,10 +8,32 @@ its page. Here the whole list is one ``bytes`` and one array of offsets.
 import array
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class MaskPaths:
+    """Where masks and instance maps are, given the mask's path in a list.
+
+    Attributes:
+        masks: (text in the list, what takes its place), or () where the lists tell the truth.
+        instances: (text in the mask's path, what takes its place in the instance map's), or () for no such maps.
+    """
+
+    masks: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
+
+    def mask(self, listed: str) -> str:
+        """The mask's path."""
+        return listed.replace(*self.masks, 1) if self.masks else listed
+
+    def instance_map(self, listed: str) -> str | None:
+        """The path of the map of instances that belongs to a mask, if the data set has such maps."""
+        return self.mask(listed).replace(*self.instances, 1) if self.instances else None
 
 
 class PackedIndex(Sequence):
@@ -19,17 +41,20 @@ class PackedIndex(Sequence):
 
     ``index[i]`` is ``{"file_name", "sem_seg_file_name", "image_id"}`` with paths
     joined to ``root``; ``sem_seg_file_name`` is absent when the image has no
-    mask, ``image_id`` is the image's path as the list gives it. Picklable, and
+    mask, ``image_id`` is the image's path as the list gives it. Where the data
+    set has maps of instances there is ``instances_file_name``. Picklable, and
     shared between forked workers without copying.
     """
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], root: str) -> None:
+    def __init__(self, pairs: Iterable[tuple[str, str]], root: str, paths: MaskPaths | None = None) -> None:
         """
         Args:
             pairs: (image, mask) paths relative to ``root``; mask ``""`` for none.
             root: folder that the paths are joined to.
+            paths: where masks and instance maps are; None: masks where the list says, no instance maps.
         """
         self.root = os.fspath(root)
+        self.paths = paths or MaskPaths()
         packed, offsets = bytearray(), array.array("q", [0])
         for image, mask in pairs:
             packed += f"{image}\t{mask}".encode()
@@ -38,7 +63,9 @@ class PackedIndex(Sequence):
         self._offsets = np.frombuffer(offsets, dtype=np.int64)
 
     @classmethod
-    def from_list_file(cls, path: str, root: str, need_mask: bool = False) -> "PackedIndex":
+    def from_list_file(
+        cls, path: str, root: str, need_mask: bool = False, paths: MaskPaths | None = None
+    ) -> "PackedIndex":
         """Reads a list file: per line ``image`` or ``image mask``, relative to ``root``.
 
         Names that contain spaces are separated by a tab (``my image.jpg<TAB>``
@@ -62,7 +89,7 @@ class PackedIndex(Sequence):
                 hashes.append(hash(image))
                 yield image, mask
 
-        index = cls(pairs(), root)
+        index = cls(pairs(), root, paths)
         if not len(index):
             raise UserError(f"{path} is empty; it needs one 'image mask' or 'image' per line")
         index._check_unique(path, np.frombuffer(hashes, np.int64), numbers)
@@ -75,7 +102,9 @@ class PackedIndex(Sequence):
         image, mask = self.names(i)
         record = {"file_name": os.path.join(self.root, image), "image_id": image}
         if mask:
-            record["sem_seg_file_name"] = os.path.join(self.root, mask)
+            record["sem_seg_file_name"] = os.path.join(self.root, self.paths.mask(mask))
+            if (instances := self.paths.instance_map(mask)) is not None:
+                record["instances_file_name"] = os.path.join(self.root, instances)
         return record
 
     def names(self, i: int) -> tuple[str, str]:
@@ -94,7 +123,7 @@ class PackedIndex(Sequence):
     def without(self, other: "PackedIndex") -> "PackedIndex":
         """The entries whose image is not in ``other`` (the smaller of the two)."""
         taken = {image for image, _ in other.all_names()}
-        return PackedIndex((pair for pair in self.all_names() if pair[0] not in taken), self.root)
+        return PackedIndex((pair for pair in self.all_names() if pair[0] not in taken), self.root, self.paths)
 
     def __repr__(self) -> str:
         return f"PackedIndex({len(self)} images under {self.root})"

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .augmentation import cutmix_box
-from .datasets import check_dataset, count_pixels, data_root, dataset_index, dataset_root
+from .datasets import check_dataset, count_pixels, data_root, dataset_index, dataset_root, table_of
+from .index import PackedIndex
 from .mapper import TestMapper, TrainMapper
 from .randomness import rng
 from .rare_class import RareClassSampler
@@ -97,14 +98,16 @@ class SemiSupervisedBatches(Dataset):
         labeled, unlabeled = _split_from_config(cfg)
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
-        check_dataset(labeled, num_classes, ignore)
+        mapper = TrainMapper(cfg, ignore_label=ignore, first_instance=table_of(cfg.DATASETS.TRAIN[0]).first_instance)
+        check_dataset(labeled, num_classes, ignore, instances=mapper.instances)
+        _check_apart(labeled, cfg)
         if cfg.SEMI.UNLABELED_PER_BATCH:
             check_dataset(unlabeled, num_classes, ignore, sample=_SPOT_CHECK, masks=False)
         rare = cfg.SEMI.RARE_CLASS
         return {
             "labeled": labeled,
             "unlabeled": unlabeled,
-            "mapper": TrainMapper(cfg, ignore_label=ignore),
+            "mapper": mapper,
             "seed": cfg.SEED,
             "max_iter": cfg.SOLVER.MAX_ITER,
             "labeled_per_batch": cfg.SOLVER.IMS_PER_BATCH,
@@ -195,7 +198,22 @@ def _split_from_config(cfg):
     pool = None
     if not os.path.exists(os.path.join(split_dir, "unlabeled.txt")) and os.path.isdir(split_dir):
         pool = dataset_index(name, cfg.DATASETS.SPLIT_ROOT)
-    return load_split(split_dir, dataset_root(name), pool)
+    return load_split(split_dir, dataset_root(name), pool, table_of(name).paths)
+
+
+def _check_apart(labeled: PackedIndex, cfg) -> None:
+    """No labelled image is also evaluated on, unless the training part itself is (a look at the training error)."""
+    files = {record["file_name"] for record in labeled}
+    for name in cfg.DATASETS.TEST:
+        if name in cfg.DATASETS.TRAIN or table_of(name) != table_of(cfg.DATASETS.TRAIN[0]):
+            continue
+        index = dataset_index(name, cfg.DATASETS.SPLIT_ROOT)
+        both = next((record["image_id"] for record in index if record["file_name"] in files), None)
+        if both is not None:
+            raise UserError(
+                f"'{both}' is labelled in the split {cfg.DATASETS.SPLIT} and also in {name}, on which DATASETS.TEST "
+                "evaluates; remove it from one of the two"
+            )
 
 
 def _train_loader_from_config(cfg) -> dict:

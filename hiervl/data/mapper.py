@@ -90,6 +90,8 @@ class TrainMapper:
         cat_max_ratio: float = 1.0,
         jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25),
         grey_prob: float = 0.2,
+        instances: bool = False,
+        first_instance: int = 1,
     ) -> None:
         """
         Args:
@@ -100,6 +102,8 @@ class TrainMapper:
             jitter, grey_prob: strength of the strong views, see augmentation.strong_view.
             cat_max_ratio: a labelled crop of which one class covers more than this share is drawn again
                 (up to 10 times); 1 is off.
+            instances: labelled samples bring their map of instances.
+            first_instance: smaller values of the maps' files are no single objects.
         """
         if min(crop_size) < 1 or not 0 < scale_range[0] <= scale_range[1] or not 0 < cat_max_ratio <= 1:
             raise UserError(
@@ -112,9 +116,10 @@ class TrainMapper:
         self.ignore_label = ignore_label
         self.cat_max_ratio = cat_max_ratio
         self.jitter, self.grey_prob = tuple(jitter), grey_prob
+        self.instances, self.first_instance = instances, first_instance
 
     @classmethod
-    def from_config(cls, cfg, ignore_label: int = 255) -> dict:
+    def from_config(cls, cfg, ignore_label: int = 255, first_instance: int = 1) -> dict:
         return {
             "crop_size": cfg.INPUT.CROP_SIZE,
             "scale_range": cfg.INPUT.SCALE_RANGE,
@@ -123,29 +128,38 @@ class TrainMapper:
             "cat_max_ratio": cfg.INPUT.CAT_MAX_RATIO,
             "jitter": cfg.INPUT.COLOR_JITTER,
             "grey_prob": cfg.INPUT.GREY_PROB,
+            "instances": cfg.MODEL.CRITERION.SEGMENTS == "instances",
+            "first_instance": first_instance,
         }
 
     def labeled(self, record: dict, rng: np.random.Generator, want: tuple[int, int] | None = None) -> dict:
         """A labelled sample.
 
         Args:
-            record: with ``file_name`` and ``sem_seg_file_name``.
+            record: with ``file_name`` and ``sem_seg_file_name``, for instances also ``instances_file_name``.
             rng: draws the geometry.
             want: (class, pixels): draw the crop again until it holds so many pixels of the class.
 
         Returns:
             ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), False on padding;
-            ``file_name``, ``image_id``.
+            ``file_name``, ``image_id``. If asked for, ``instances`` int64 (h, w): a number > 0 for every single
+            object, whose class is that of its pixels in ``sem_seg``; 0 elsewhere (stuff, groups, padding).
         """
         image, label = read_image(record["file_name"]), read_label(record["sem_seg_file_name"])
-        _same_size(image, label, record)
+        _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
         geometry = self._draw(rng, label.shape, lambda g: self._accepts(g, label, want))
-        return {
+        sample = {
             **_names(record),
             "image": self._to_tensor(geometry.apply(image)),
             "sem_seg": self._label_tensor(geometry.apply(label, nearest=True)),
             "valid": self._valid(geometry),
         }
+        if self.instances:
+            numbers = read_label(record["instances_file_name"])
+            _same_size(image, numbers, record["instances_file_name"], record["file_name"])
+            numbers = geometry.apply(numbers.astype(np.uint16), nearest=True)  # OpenCV resizes no int32
+            sample["instances"] = self._label_tensor(np.where(numbers < self.first_instance, 0, numbers), fill=0)
+        return sample
 
     def unlabeled(
         self,
@@ -173,12 +187,14 @@ class TrainMapper:
             **_names(record),
             "image": self._to_tensor(weak),
             # Recoloured before padding: padding stays 0 and does not bleed in through the blur.
-            "strong": [self._to_tensor(strong_view(weak, r, self.jitter, grey_prob=self.grey_prob)) for r in strong_rngs],
+            "strong": [
+                self._to_tensor(strong_view(weak, r, self.jitter, grey_prob=self.grey_prob)) for r in strong_rngs
+            ],
             "valid": self._valid(geometry),
         }
         if measure and "sem_seg_file_name" in record:
             label = read_label(record["sem_seg_file_name"])
-            _same_size(image, label, record)
+            _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
             sample["measure_sem_seg"] = self._label_tensor(geometry.apply(label, nearest=True))
         return sample
 
@@ -211,9 +227,9 @@ class TrainMapper:
         padded[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
         return torch.from_numpy(padded)
 
-    def _label_tensor(self, label: np.ndarray) -> torch.Tensor:
-        """(h', w') -> padded int64 (h, w)."""
-        padded = np.full(self.crop_size, self.ignore_label, np.int64)
+    def _label_tensor(self, label: np.ndarray, fill: int | None = None) -> torch.Tensor:
+        """(h', w') -> int64 (h, w), padded with ``fill`` (None: the ignore label)."""
+        padded = np.full(self.crop_size, self.ignore_label if fill is None else fill, np.int64)
         padded[: label.shape[0], : label.shape[1]] = label
         return torch.from_numpy(padded)
 
@@ -252,9 +268,9 @@ def _names(record: dict) -> dict:
     return {key: record[key] for key in ("file_name", "image_id") if key in record}
 
 
-def _same_size(image: np.ndarray, label: np.ndarray, record: dict) -> None:
+def _same_size(image: np.ndarray, label: np.ndarray, label_file: str, image_file: str) -> None:
     if image.shape[:2] != label.shape:
         raise UserError(
-            f"{record['sem_seg_file_name']} is {label.shape[1]}x{label.shape[0]}, its image "
-            f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; make the mask the size of the image"
+            f"{label_file} is {label.shape[1]}x{label.shape[0]}, its image "
+            f"{image_file} is {image.shape[1]}x{image.shape[0]}; make the mask the size of the image"
         )

@@ -148,7 +148,8 @@ def _background(generator: np.random.Generator, size: int) -> np.ndarray:
     """Gradient, blotches, textured patches and strokes, float32 (size, size, 3): nothing that has a class."""
     corners = generator.uniform(60, 195, (2, 2, 1)) + generator.uniform(-30, 30, (2, 2, 3))
     blotches = generator.normal(0, 15, (size // 8 + 1, size // 8 + 1, 3)).astype(np.float32)
-    image = cv2.resize(corners.astype(np.float32), (size, size)) + cv2.resize(blotches, (size, size), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(corners.astype(np.float32), (size, size))
+    image += cv2.resize(blotches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(generator.integers(0, 4)):
         # A patch has an object's texture and colour, but a ragged outline: the colour alone decides nothing.
         centre = generator.uniform(0, size, 2)

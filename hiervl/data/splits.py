@@ -3,10 +3,12 @@
 import os
 
 from ..errors import UserError
-from .index import PackedIndex
+from .index import MaskPaths, PackedIndex
 
 
-def load_split(split_dir: str, root: str, pool: PackedIndex | None = None) -> tuple[PackedIndex, PackedIndex]:
+def load_split(
+    split_dir: str, root: str, pool: PackedIndex | None = None, paths: MaskPaths | None = None
+) -> tuple[PackedIndex, PackedIndex]:
     """Reads ``labeled.txt`` and ``unlabeled.txt`` of a split folder.
 
     Args:
@@ -14,7 +16,9 @@ def load_split(split_dir: str, root: str, pool: PackedIndex | None = None) -> tu
         root: the data set's folder, which the lists are relative to.
         pool: all training images. Where a published split has no
             ``unlabeled.txt`` (COCO), the unlabelled images are the pool minus
-            the labelled ones.
+            the labelled ones; there may be none, which is a mistake only for
+            those who want to train on them.
+        paths: where masks and instance maps are, see :class:`PackedIndex`.
 
     Returns:
         (labelled, unlabelled); every labelled entry has a mask.
@@ -26,13 +30,10 @@ def load_split(split_dir: str, root: str, pool: PackedIndex | None = None) -> tu
     if not os.path.isdir(split_dir):
         raise UserError(f"split folder {split_dir} does not exist; check DATASETS.SPLIT_ROOT and DATASETS.SPLIT")
     unlabeled_file = os.path.join(split_dir, "unlabeled.txt")
-    labeled = PackedIndex.from_list_file(os.path.join(split_dir, "labeled.txt"), root, need_mask=True)
+    labeled = PackedIndex.from_list_file(os.path.join(split_dir, "labeled.txt"), root, need_mask=True, paths=paths)
     if pool is not None and not os.path.exists(unlabeled_file):
-        unlabeled = pool.without(labeled)
-        if not len(unlabeled):
-            raise UserError(f"{split_dir}: every image of the pool is labelled; none is left over")
-        return labeled, unlabeled
-    unlabeled = PackedIndex.from_list_file(unlabeled_file, root)
+        return labeled, pool.without(labeled)
+    unlabeled = PackedIndex.from_list_file(unlabeled_file, root, paths=paths)
     names = {image for image, _ in labeled.all_names()}
     both = next((image for image, _ in unlabeled.all_names() if image in names), None)
     if both is not None:

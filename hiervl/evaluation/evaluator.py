@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from ..checkpoint import atomic_write
 from ..data.images import read_label
 from ..errors import UserError
+from .boundary import BoundaryIoU
 from .calibration import Calibration
 from .confusion import ConfusionMatrix, Scores, scores
 
@@ -27,6 +28,7 @@ DEFINITIONS = {
     "mIoU_all": "mean IoU over all classes, those with an empty union counting as 0",
     "fwIoU": "mean IoU weighted by the share of ground-truth pixels",
     "pACC": "share of pixels that are right",
+    "boundary_mIoU": "mean boundary IoU (2% of the diagonal) over the classes that occur in the ground truth",
     "ECE": "expected calibration error of the top class, 15 bins of equal width",
     "IoU": "TP / (TP + FP + FN) over the whole set, ignored pixels left out",
     "confusion_matrix": "pixels; row = ground truth, column = prediction",
@@ -44,6 +46,7 @@ class SegmentationEvaluator(DatasetEvaluator):
         output_dir: where ``segmentation.json`` is written (made if missing); None writes nothing.
         ignore_label: value of the label maps that is not scored.
         calibration: also measure reliability; the scores must then lie in [0, 1].
+        boundary: also measure boundary IoU.
         num_images: if given, evaluate() refuses a count that differs: over several ranks no image may be counted
             twice or be left out.
 
@@ -52,7 +55,7 @@ class SegmentationEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, dataset: str | Sequence[str], output_dir: str | None = None, *, ignore_label: int = 255,
-                 calibration: bool = True, num_images: int | None = None):
+                 calibration: bool = True, boundary: bool = False, num_images: int | None = None):
         named = isinstance(dataset, str)
         self.dataset = dataset if named else None
         self.class_names = list(MetadataCatalog.get(dataset).stuff_classes if named else dataset)
@@ -60,13 +63,14 @@ class SegmentationEvaluator(DatasetEvaluator):
         self.ignore_label = ignore_label
         self.num_images = num_images
         self.result = None
-        self._calibrate = calibration
+        self._calibrate, self._trace = calibration, boundary
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything that was counted."""
         self._confusion = ConfusionMatrix(len(self.class_names), self.ignore_label)
         self._calibration = Calibration() if self._calibrate else None
+        self._boundary = BoundaryIoU(len(self.class_names), self.ignore_label) if self._trace else None
         self._images = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -97,10 +101,10 @@ class SegmentationEvaluator(DatasetEvaluator):
         Raises:
             UserError: nothing was scored, or ``num_images`` images were promised and another number came.
         """
-        parts = comm.gather((self._confusion, self._calibration, self._images))
+        parts = comm.gather((self._confusion, self._calibration, self._boundary, self._images))
         if not comm.is_main_process():
             return None
-        confusion, calibration, images = _merged(parts)
+        confusion, calibration, boundary, images = _merged(parts)
         source = self.dataset or "the data set"
         if self.num_images is not None and images != self.num_images:
             raise UserError(f"{source}: {images} images were scored instead of {self.num_images}; the test loader must "
@@ -108,7 +112,7 @@ class SegmentationEvaluator(DatasetEvaluator):
         if not confusion.counts.any():
             raise UserError(f"{source}: no labelled pixel in {images} images; check its list and its label maps")
         found = scores(confusion.counts)
-        self.result = _without_nan(self._describe(found, confusion, calibration, images))
+        self.result = _without_nan(self._describe(found, confusion, calibration, boundary, images))
         if self.output_dir:
             write_result(os.path.join(self.output_dir, RESULT_FILE), self.result)
         metrics = self.result["metrics"]
@@ -133,14 +137,20 @@ class SegmentationEvaluator(DatasetEvaluator):
                             "diverged: evaluate an earlier checkpoint")
         prediction = top.to(torch.uint8 if k <= 256 else torch.int16).cpu().numpy()
         self._confusion.update(label, prediction, path)
+        if self._boundary is not None:
+            self._boundary.update(label, prediction)
         if self._calibration is not None:
             self._calibration.update(confidence, label == prediction, label != self.ignore_label)
 
     def _describe(self, found: Scores, confusion: ConfusionMatrix, calibration: Calibration | None,
-                  images: int) -> dict:
+                  boundary: BoundaryIoU | None, images: int) -> dict:
         """The content of the result file; NaN where a score is not defined."""
         metrics = OrderedDict(mIoU=found.miou, mIoU_union=found.miou_union, mIoU_all=found.miou_all,
                               fwIoU=found.fwiou, pACC=found.pacc)
+        per_class = _per_class(found, confusion.counts)
+        if boundary is not None:
+            metrics["boundary_mIoU"] = boundary.mean()
+            per_class["boundary_iou"] = boundary.iou().tolist()
         reliability = None
         if calibration is not None:
             metrics["ECE"] = 100 * calibration.ece()
@@ -156,7 +166,7 @@ class SegmentationEvaluator(DatasetEvaluator):
             "definitions": DEFINITIONS,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "classes": self.class_names,
-            "per_class": _per_class(found, confusion.counts),
+            "per_class": per_class,
             "reliability": reliability,
             "confusion_matrix": confusion.counts.tolist(),
         }
@@ -171,14 +181,16 @@ def write_result(path: str, result: dict) -> None:
 
 
 def _merged(parts):
-    """Sums (confusion, calibration, images) over ranks."""
-    confusion, calibration, images = parts[0]
-    for other_confusion, other_calibration, other_images in parts[1:]:
+    """Sums (confusion, calibration, boundary, images) over ranks; what is not measured is None on all of them."""
+    confusion, calibration, boundary, images = parts[0]
+    for other_confusion, other_calibration, other_boundary, other_images in parts[1:]:
         confusion.merge(other_confusion)
         if calibration is not None:
             calibration.merge(other_calibration)
+        if boundary is not None:
+            boundary.merge(other_boundary)
         images += other_images
-    return confusion, calibration, images
+    return confusion, calibration, boundary, images
 
 
 def _per_class(found: Scores, counts: np.ndarray) -> dict:

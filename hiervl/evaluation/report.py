@@ -30,7 +30,7 @@ def load_result(path: str) -> dict:
 
 
 def per_class_table(result: dict, previous: dict | None = None) -> str:
-    """IoU, precision, recall (percent) and share of pixels per class, and the three means.
+    """IoU, precision, recall (percent), boundary IoU where it was measured, share of pixels per class, and the means.
 
     Args:
         result: content of a result file.
@@ -47,6 +47,9 @@ def per_class_table(result: dict, previous: dict | None = None) -> str:
         for i, name in enumerate(result["classes"])
     ]
     headers = ["class", "IoU", "precision", "recall", "% of pixels"]
+    if "boundary_iou" in scores:
+        rows = [[*row, iou] for row, iou in zip(rows, scores["boundary_iou"])]
+        headers.append("boundary IoU")
     if previous is not None:
         before = dict(zip(previous["classes"], previous["per_class"]["iou"]))
         rows = [[*row, before[row[0]], _minus(row[1], before[row[0]])] for row in rows]
@@ -124,7 +127,8 @@ def summary_table(results: dict, metric: str = "mIoU") -> str:
 
 
 def _means_table(result, previous):
-    names = [n for n in ("mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "ECE") if n in result["metrics"]]
+    names = [n for n in ("mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "boundary_mIoU", "ECE")
+             if n in result["metrics"]]
     headers = ["score", "%", "what it is"]
     rows = [[n, result["metrics"][n], result["definitions"][n]] for n in names]
     if previous is not None:

@@ -11,7 +11,9 @@ from detectron2.evaluation import inference_on_dataset
 from ..checkpoint import atomic_write
 from ..data.datasets import dataset_index
 from ..data.loaders import build_test_loader
-from .evaluator import SegmentationEvaluator
+from .evaluator import RESULT_FILE, SegmentationEvaluator
+from .report import load_result
+from .report_files import write_report_files
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """
     Args:
-        cfg: reads DATASETS.TEST and OUTPUT_DIR.
+        cfg: reads DATASETS.TEST, TEST.BOUNDARY_IOU, TEST.COMPARE and OUTPUT_DIR.
         models: {"student": network, "teacher": network}; results are reported for each.
 
     Attributes:
@@ -33,6 +35,8 @@ class Evaluation:
         self.models = models
         self.path = os.path.join(cfg.OUTPUT_DIR, "results.json")
         self.results = {}
+        self._previous = {(name, kind): _previous_result(cfg.TEST.COMPARE, name, kind)
+                          for name in cfg.DATASETS.TEST for kind in models}
 
     def load(self):
         """Take up the results of the run that is resumed."""
@@ -46,7 +50,7 @@ class Evaluation:
         for name in self.cfg.DATASETS.TEST:
             entry[name] = {}
             for kind, model in self.models.items():
-                metrics = self._evaluate(model, name, os.path.join(self.cfg.OUTPUT_DIR, "inference", name, kind))
+                metrics = self._evaluate(model, name, kind)
                 if metrics:  # the main process only
                     entry[name][kind] = metrics
                     flat[f"{name}/{kind}"] = metrics
@@ -56,11 +60,15 @@ class Evaluation:
             return {}, False
         return flat, self._record(entry)
 
-    def _evaluate(self, model, name, output_dir):
+    def _evaluate(self, model, name, kind):
+        """One model on one test set: its metrics on the main process, None elsewhere; writes the report."""
+        output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind)
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
-        evaluator = SegmentationEvaluator(name, output_dir, num_images=images)
+        evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images)
         results = inference_on_dataset(model, loader, evaluator)
+        if evaluator.result is not None:
+            write_report_files(evaluator.result, output_dir, self._previous[name, kind])
         # A class that does not occur has no IoU; JSON knows no NaN.
         return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None
 
@@ -75,3 +83,18 @@ class Evaluation:
 
     def _score(self, entry):
         return max(metrics["mIoU"] for metrics in entry[self.cfg.DATASETS.TEST[0]].values())
+
+
+def result_folder(output_dir: str, name: str, kind: str) -> str:
+    """Where a run keeps the result of a model ("student", "teacher") on a test set."""
+    return os.path.join(output_dir, "inference", name, kind)
+
+
+def _previous_result(path, name, kind):
+    """The result to compare with: a result file itself, or that of the same model and set in another run's folder.
+
+    Read before training, so that a wrong path is told at once and the run may write into the same folder.
+    """
+    if not path:
+        return None
+    return load_result(os.path.join(result_folder(path, name, kind), RESULT_FILE) if os.path.isdir(path) else path)

@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Makes the augmented Pascal VOC: masks of VOC 2012 and SBD in one folder, and the lists of images.
+
+    VOC2012/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt      what is downloaded, and SBD
+    VOC2012/SegmentationClassAug/*.png  train_aug.txt  val.txt                           what is made
+
+No image of VOC's val list is in the train list. Where both have a mask, VOC's own is taken.
+
+Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hiervl.data.prepare import command
+from hiervl.data.prepare.voc import make_plan
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(__doc__, "VOC2012")
+    parser.add_argument("--sbd", help="folder benchmark_RELEASE of SBD, with dataset/cls/*.mat")
+    parser.add_argument("--aug", help="folder of the augmented PNGs (SegmentationClassAug), instead of --sbd")
+    return command.run(make_plan, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""CamVid in the layout of the SegNet tutorial: 11 classes, the twelfth id is void."""
+
+import argparse
+import functools
+import io
+import os
+import re
+
+from PIL import Image
+
+from ...errors import UserError
+from ..datasets import table_of
+from ..images import read_image
+from .command import Plan, need_folder
+from .files import WriteError, read_lines, write_whole
+from .masks import Job, Remap
+from .parallel import parallel
+
+_PARTS = {"camvid_train": "train", "camvid_val": "val", "camvid_test": "test"}
+_QUALITY = 90
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Images go to images/, as JPEG unless --png; names are taken from the lists, whose folders are someone else's."""
+    table = table_of("camvid_train")
+    suffix = ".png" if args.png else ".jpg"
+    pairs = {part: _pairs(args.source, args.root, folder, suffix) for part, folder in _PARTS.items()}
+    problems = []
+    if not args.check:
+        everything = [pair for of_part in pairs.values() for pair in of_part]
+        work = functools.partial(_write_image, png=args.png)
+        problems = [p for p in parallel(work, everything, args.workers, "images") if p]
+    parts = {part: [job for _, job in of_part] for part, of_part in pairs.items()}
+    classes = len(table.classes)
+    remap = {**{i: i for i in range(classes)}, classes: table.ignore_label}
+    return Plan(table, args.root, parts, Remap(remap, "the ids 0 to 11 of CamVid"), tuple(problems))
+
+
+def _pairs(source: str, root: str, folder: str, suffix: str) -> list[tuple[str, Job]]:
+    """(image in the source, job) of every line of a list."""
+    need_folder(os.path.join(source, folder), "--source names the folder CamVid of the SegNet tutorial")
+    pairs = []
+    for line in sorted(read_lines(os.path.join(source, f"{folder}.txt"))):
+        words = line.split()
+        if len(words) != 2:
+            raise UserError(f"{source}/{folder}.txt: expected 'image mask', found '{line}'")
+        image, mask = (re.split(r"[\\/]", word)[-1] for word in words)
+        stem = os.path.splitext(image)[0]
+        pairs.append((
+            os.path.join(source, folder, image),
+            Job(os.path.join(root, "images", folder, stem + suffix), os.path.join(root, "masks", folder, f"{stem}.png"),
+                os.path.join(source, f"{folder}annot", mask)),
+        ))
+    return pairs
+
+
+def _write_image(pair: tuple[str, Job], png: bool) -> str:
+    """Writes an image unless it is there; returns what is wrong with it, or ""."""
+    source, job = pair
+    try:
+        if os.path.exists(job.image):
+            return ""
+        image = read_image(source)
+        if png:
+            with open(source, "rb") as file:
+                write_whole(job.image, file.read())
+        else:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "JPEG", quality=_QUALITY)
+            write_whole(job.image, buffer.getvalue())
+        return ""
+    except WriteError:
+        raise
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,51 @@
+"""COCO 2017: 81-class masks (80 things and background) from the official instance annotations."""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import UserError
+from ..datasets import table_of
+from ..images import read_label
+from .coco_json import CocoFile, CocoMasks
+from .command import Plan, need_folder, with_instances
+from .masks import Job
+
+_PARTS = {"coco_train": "train2017", "coco_val": "val2017"}
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Jobs for every image of the annotation files, also those without an object."""
+    table = table_of("coco_train")
+    need_folder(args.root, "it should hold annotations/, train2017/ and val2017/ of COCO 2017")
+    files = [CocoFile(os.path.join(args.root, "annotations", f"instances_{folder}.json")) for folder in _PARTS.values()]
+    parts = {}
+    for number, (part, folder) in enumerate(_PARTS.items()):
+        jobs = [_job(args.root, folder, number, i, name) for i, (name, *_) in sorted(files[number].images.items())]
+        parts[part] = with_instances(jobs, table) if args.instances else jobs
+    if args.masks and args.instances:
+        raise UserError("--masks and --instances: an archive of masks has no instances; leave one of the two out")
+    make = ReadyMade(args.masks) if args.masks else CocoMasks(files, table.classes, table.ignore_label)
+    return Plan(table, args.root, parts, make)
+
+
+def _job(root: str, folder: str, number: int, image_id: int, name: str) -> Job:
+    mask = os.path.join(root, "masks", f"{Path(name).stem}.png")
+    return Job(os.path.join(root, folder, name), mask, key=(number, image_id))
+
+
+class ReadyMade:
+    """Maker that takes the masks of an archive, found by name in its folder or in train2017/ and val2017/ of it."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = need_folder(folder, "--masks names the unpacked archive of ready-made masks")
+
+    def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
+        name = os.path.basename(job.mask)
+        for folder in ("", *_PARTS.values()):
+            path = os.path.join(self._folder, folder, name)
+            if os.path.exists(path):
+                return read_label(path), None
+        raise UserError(f"{os.path.join(self._folder, name)} does not exist; the archive is not complete")

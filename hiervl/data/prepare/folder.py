@@ -1,0 +1,260 @@
+"""A folder of one's own: images, masks in one of three forms or a COCO json, class names, unlabelled images."""
+
+import argparse
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from ...errors import UserError
+from ..datasets import OWN_TABLE, TABLES, DatasetTable, data_root
+from ..images import read_label
+from ..index import MaskPaths, PackedIndex
+from .coco_json import CocoFile, CocoMasks
+from .command import Plan, need_folder, relative
+from .files import list_line, read_lines, write_lines, write_whole
+from .masks import Job
+
+_IGNORED = 255
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_SPLIT = "splits/all"
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Labelled images to train on, then unlabelled ones; images to validate on, given or drawn by seed."""
+    classes, palette = read_classes(args.classes), read_palette(args.palette) if args.palette else None
+    if (TABLES / f"{args.name}.yaml").exists():
+        raise UserError(f"--name {args.name} is the name of a data set that HierVL knows; choose another")
+    root = args.root or os.path.join(data_root(), args.name)
+    coco = [CocoFile(path) for path in (args.coco, args.val_coco) if path]
+    if coco:
+        # Without a class of that name, what is no object is not known to be anything.
+        background = classes.index("background") if "background" in classes else _IGNORED
+        make = CocoMasks(coco, classes, _IGNORED, background)
+    else:
+        make = ColourMasks(palette, classes) if palette else read_indexed
+    labelled, more, problems = _pair(args.images, args.masks, args, root, coco[:1], 0)
+    val, without, val_problems = _pair(args.val_images, args.val_masks, args, root, coco[1:], 1)
+    problems += [*val_problems, *(f"{job.image} has no mask, so it cannot be evaluated on" for job in without)]
+    if not args.val_images:
+        labelled, val = _draw_val(labelled, args.val_share, args.seed)
+    if args.unlabeled:
+        taken = {os.path.realpath(job.image) for job in [*labelled, *val, *more]}
+        more += [Job(path) for path in _images(args.unlabeled) if os.path.realpath(path) not in taken]
+    problems += _twice([*labelled, *more], val)
+    table = _table(args.name, root, classes, palette, bool(coco))
+    return Plan(table, root, {f"{args.name}_train": labelled + more, f"{args.name}_val": val}, make, tuple(problems))
+
+
+def finish(plan: Plan) -> str:
+    """Writes the table and the split; returns how to train with them."""
+    _write_table(plan)
+    return _write_split(plan)
+
+
+def read_classes(path: str) -> list[str]:
+    """Class names, one per line, in the order of their ids.
+
+    Raises:
+        UserError: none, one of them twice, or more than 8 bits can number.
+    """
+    names = [line.strip() for line in read_lines(path)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: the class '{twice}' stands there twice; remove one of the two")
+    if not 0 < len(names) <= _IGNORED:
+        raise UserError(f"{path} has {len(names)} class names; 1 to {_IGNORED} are possible, one per line")
+    return names
+
+
+def read_palette(path: str) -> dict[tuple[int, int, int], str]:
+    """{(R, G, B): class name, or "ignore"} from lines "R G B name".
+
+    Raises:
+        UserError: a line of another form, a colour twice.
+    """
+    palette = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        words = line.replace(",", " ").split(maxsplit=3)
+        if len(words) != 4 or not all(w.isdigit() and int(w) < 256 for w in words[:3]):
+            raise UserError(f"{path}, line {number}: expected 'R G B class name', found '{line}'")
+        color = tuple(map(int, words[:3]))
+        if color in palette:
+            raise UserError(f"{path}, line {number}: the colour {color} stands there twice; remove one of the two")
+        palette[color] = words[3].strip()
+    return palette
+
+
+def read_indexed(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
+    """Maker: a PNG of 8 bits whose values are class ids, 255 for ignored."""
+    label = read_label(job.source)
+    if label.dtype != np.uint8:
+        raise UserError(f"mask {job.source} has more than 8 bits per pixel; save the class ids with 8 bits")
+    return label, None
+
+
+class ColourMasks:
+    """Maker: a PNG whose colours stand for classes.
+
+    Args:
+        palette: {(R, G, B): class name or "ignore"}.
+        classes: the class names, in the order of their ids.
+    """
+
+    def __init__(self, palette: dict[tuple[int, int, int], str], classes: Sequence[str]) -> None:
+        ids = {**{name: i for i, name in enumerate(classes)}, "ignore": _IGNORED}
+        strange = next((name for name in palette.values() if name not in ids), None)
+        if strange is not None:
+            raise UserError(f"palette: '{strange}' is not in the class list; correct one of the two, or call it ignore")
+        pairs = sorted((r << 16 | g << 8 | b, ids[name]) for (r, g, b), name in palette.items())
+        self._codes, self._ids = np.array(pairs, np.int32).T
+
+    def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
+        colors = _read_colors(job.source).astype(np.int32)
+        codes = colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
+        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[place] != codes
+        if unknown.any():
+            color = tuple(int(c) for c in colors[unknown][0])
+            raise UserError(f"mask {job.source} has the colour {color} ({int(unknown.sum())} pixels are of no colour "
+                            "of the palette); add it to the palette (masks saved as JPEG cannot be used)")
+        return self._ids[place].astype(np.uint8), None
+
+
+def _read_colors(path: str) -> np.ndarray:
+    """uint8 (H, W, 3) of a colour-coded mask; an indexed one through its palette."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "P"):
+                raise UserError(f"mask {path} is not a colour image (mode {image.mode}); save it as RGB without alpha")
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"cannot decode {path} ({error}); replace it") from None
+
+
+def _pair(images: str | None, masks: str | None, args: argparse.Namespace, root: str, coco: Sequence[CocoFile],
+          number: int) -> tuple[list[Job], list[Job], list[str]]:
+    """(jobs with a mask, jobs without, problems) of a folder of images."""
+    if not images:
+        return [], [], []
+    part = "val" if number else "train"
+    found = {relative(path, images): path for path in _images(images)}
+    if coco:
+        sources = {name: (coco[0].path, (number, i)) for i, (name, *_) in coco[0].images.items()}
+    else:
+        need_folder(masks, f"{'--val-masks' if number else '--masks'} names the folder of the masks")
+        sources = {name: (path, None) for name in found if (path := _mask_of(name, masks, args.mask_suffix))}
+    labelled, unlabelled = [], []
+    for name, path in found.items():
+        if name not in sources:
+            unlabelled.append(Job(path))
+            continue
+        source, key = sources[name]
+        mask = os.path.join(root, "masks", part, os.path.splitext(name)[0] + ".png")
+        job = Job(path, mask, source, key)
+        labelled.append(replace(job, instances=_instances(job.mask)) if coco else job)
+    problems = [f"{os.path.join(images, name)} does not exist, though {coco[0].path} names it"
+                for name in sources.keys() - found.keys()] if coco else _orphans(masks, sources)
+    return labelled, unlabelled, sorted(problems)
+
+
+def _mask_of(name: str, masks: str, suffix: str) -> str:
+    """The mask of an image: the same name and folder, with the suffix, as PNG; "" if there is none."""
+    path = os.path.join(masks, f"{os.path.splitext(name)[0]}{suffix}.png")
+    return path if os.path.exists(path) else ""
+
+
+def _orphans(masks: str, sources: dict) -> list[str]:
+    used = {os.path.normpath(path) for path, _ in sources.values()}
+    return [f"mask {path} belongs to no image: it needs the image's name (and --mask-suffix) and to be a PNG"
+            for path in _images(masks) if os.path.normpath(path) not in used]
+
+
+def _images(folder: str) -> list[str]:
+    """Every image file under a folder, sorted."""
+    need_folder(folder, "it should hold images")
+    found = [os.path.join(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names
+             if name.lower().endswith(_IMAGES) and not name.startswith(".")]
+    if not found:
+        raise UserError(f"{folder} holds no image ({', '.join(_IMAGES)})")
+    return sorted(found)
+
+
+def _draw_val(labelled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
+    if len(labelled) < 2:
+        raise UserError(f"{len(labelled)} images have a mask; at least 2 are needed, one to train and one to validate "
+                        "on")
+    count = min(max(1, round(share * len(labelled))), len(labelled) - 1)
+    val = set(random.Random(seed).sample(range(len(labelled)), count))
+    return ([job for i, job in enumerate(labelled) if i not in val],
+            [job for i, job in enumerate(labelled) if i in val])
+
+
+def _twice(train: list[Job], val: list[Job]) -> list[str]:
+    seen = {os.path.realpath(job.image) for job in train}
+    return [f"{job.image} is in the training images and in the ones to validate on; remove it from one of the two"
+            for job in val if os.path.realpath(job.image) in seen]
+
+
+def _table(name: str, root: str, classes: list[str], palette: dict | None, instances: bool) -> DatasetTable:
+    first = {}  # a class's colour is the first that the palette has for it
+    for color, owner in (palette or {}).items():
+        first.setdefault(owner, color)
+    return DatasetTable(
+        name=name,
+        folder=os.path.basename(os.path.abspath(root)),
+        ignore_label=_IGNORED,
+        parts={f"{name}_train": {"list": "train.txt"}, f"{name}_val": {"list": "val.txt"}},
+        classes=tuple(classes),
+        colors=tuple(first.get(c, _bit_color(i + 1)) for i, c in enumerate(classes)),
+        things=tuple(name for name in classes if name != "background") if instances else (),
+        paths=MaskPaths((), ("masks/", "instances/") if instances else ()),
+    )
+
+
+def _instances(mask: str) -> str:
+    folder, _, name = mask.rpartition("masks" + os.sep)
+    return f"{folder}instances{os.sep}{name}"
+
+
+def _bit_color(i: int) -> tuple[int, int, int]:
+    """Colour i of Pascal VOC's rule: bits 0, 3, 6 of i are the highest of red, 1, 4, 7 of green, 2, 5 of blue."""
+    return tuple(sum((i >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3))
+
+
+def _write_table(plan: Plan) -> None:
+    table = plan.table
+    content = {"name": table.name, "ignore_label": table.ignore_label, "parts": table.parts}
+    if table.paths.instances:
+        content["instances"] = list(table.paths.instances)
+    content["classes"] = [
+        {"name": name, "color": list(color), **({"thing": True} if name in table.things else {})}
+        for name, color in zip(table.classes, table.colors)
+    ]
+    text = "# Made by datasets/prepare_folder.py.\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_whole(os.path.join(plan.root, OWN_TABLE), text.encode())
+
+
+def _write_split(plan: Plan) -> str:
+    """Everything with a mask is labelled, the rest is not. Returns how to train with it."""
+    pairs = list(PackedIndex.from_list_file(os.path.join(plan.root, "train.txt"), plan.root).all_names())
+    folder = os.path.join(plan.root, _SPLIT)
+    counts = {}
+    for kind, labelled in (("labeled", True), ("unlabeled", False)):
+        lines, path = [list_line(*pair) for pair in pairs if bool(pair[1]) == labelled], f"{folder}/{kind}.txt"
+        counts[kind] = len(lines)
+        if lines:
+            write_lines(path, lines)
+        elif os.path.exists(path):
+            os.remove(path)
+    name, parent = plan.table.name, os.path.dirname(os.path.abspath(plan.root))
+    where = "" if os.path.realpath(parent) == os.path.realpath(data_root()) else f"DETECTRON2_DATASETS={parent} and "
+    return (f"{counts['labeled']} labelled and {counts['unlabeled']} unlabelled images; to train on them:\n"
+            f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
+            f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}")

@@ -1,0 +1,66 @@
+"""What an evaluation leaves for people: tables as text, the confusion matrix as CSV and as a picture."""
+import csv
+import io
+import os
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..checkpoint import atomic_write
+from .report import per_class_table, reliability_table
+
+REPORT, CSV, PICTURE = "report.txt", "confusion.csv", "confusion.png"
+_NAMED = 40  # classes; with more, names and figures would be too small to read
+_SHOWN = 0.01  # smaller shares get no figure
+
+
+def write_report_files(result: dict, folder: str, previous: dict | None = None) -> None:
+    """Writes report.txt, confusion.csv and confusion.png into ``folder``, each whole or not at all.
+
+    Args:
+        result: content of a result file.
+        previous: another one over the same classes, to compare with (see per_class_table).
+    """
+    text = f"{result['dataset']}: {result['images']} images\n\n{per_class_table(result, previous)}\n\n"
+    text += f"{reliability_table(result)}\n"
+    matrix = np.array(result["confusion_matrix"])
+    for name, content in ((REPORT, text.encode()), (CSV, confusion_csv(matrix, result["classes"]).encode()),
+                          (PICTURE, confusion_picture(matrix, result["classes"]))):
+        with atomic_write(os.path.join(folder, name)) as file:
+            file.write(content)
+
+
+def confusion_csv(matrix: np.ndarray, classes: list[str]) -> str:
+    """Pixels; a row per class of the ground truth, a column per predicted class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ground truth \\ predicted", *classes])
+    writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist()))
+    return text.getvalue()
+
+
+def confusion_picture(matrix: np.ndarray, classes: list[str]) -> bytes:
+    """The matrix as PNG: share of each ground-truth class that was predicted as each class."""
+    truth = matrix.sum(1, keepdims=True)
+    shares = np.divide(matrix, truth, out=np.full(matrix.shape, np.nan), where=truth > 0)
+    named = len(classes) <= _NAMED
+    # A margin for the longest name, in inches; Matplotlib's own layout would draw everything twice.
+    margin = 0.6 + (0.09 * max(map(len, classes)) if named else 0.2)
+    field = 0.3 * len(classes) + 0.5 if named else 10.0
+    edge = 0.1
+    side = margin + field + edge
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((margin / side, margin / side, 1 - (margin + edge) / side, 1 - (margin + edge) / side))
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("ground truth")
+    if named:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in zip(*np.nonzero(shares >= _SHOWN)):
+            share = shares[row, column]
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6,
+                      color="white" if share > 0.5 else "black")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

@@ -1,0 +1,30 @@
+"""Runs the scripts of datasets/ as a user does, without starting a process for each."""
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "datasets"
+
+
+@pytest.fixture
+def run(capsys):
+    """``run("prepare_coco", "--check", …)`` -> status, out, err."""
+    def call(script, *argv):
+        spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        capsys.readouterr()
+        status = module.main([str(arg) for arg in argv])
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+    return call
+
+
+@pytest.fixture
+def data_root(tmp_path, monkeypatch):
+    """An empty data root."""
+    root = tmp_path / "data"
+    root.mkdir()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    return root

@@ -1,0 +1,85 @@
+"""Every row of the protocol's table has a config whose numbers follow from the protocol, and which builds."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from hiervl import meta_arch
+from hiervl.config import load_config
+from hiervl.data.datasets import table_of
+from hiervl.data.prepare.published import known_hashes
+from hiervl.text import ClassText
+
+from .conftest import shared_file
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# data set: (epochs, crop, {labelled images: split})
+PROTOCOL = {
+    "coco": (10, 512, {232: "1_512", 463: "1_256", 925: "1_128", 1849: "1_64", 3697: "1_32"}),
+    "voc": (80, 512, {n: str(n) for n in (92, 183, 366, 732, 1464)}),
+    "ade20k": (40, 512, {158: "1_128", 316: "1_64", 632: "1_32", 1263: "1_16", 2526: "1_8"}),
+    "cityscapes": (240, 801, {100: "1_30", 186: "1_16", 372: "1_8", 744: "1_4", 1488: "1_2"}),
+}
+ROWS = [(name, count) for name, (_, _, splits) in PROTOCOL.items() for count in splits]
+EMBEDDINGS = {"coco": "coco81", "voc": "voc21", "ade20k": "ade150", "cityscapes": "cityscapes19", "camvid": "camvid11"}
+
+
+@pytest.mark.parametrize("name, labelled", ROWS)
+def test_the_protocol(name, labelled):
+    cfg = load_config(str(CONFIGS / f"{name}_{labelled}.yaml"), [])
+    epochs, crop, splits = PROTOCOL[name]
+    unlabelled = table_of(f"{name}_train").parts[f"{name}_train"]["images"] - labelled
+    assert cfg.SOLVER.MAX_ITER == epochs * (unlabelled // cfg.SEMI.UNLABELED_PER_BATCH)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SEMI.UNLABELED_PER_BATCH) == (8, 8)
+    assert cfg.INPUT.CROP_SIZE == cfg.TEST.WINDOW == (crop, crop)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.POLY_POWER, cfg.SOLVER.WARMUP_ITERS) == (1e-4, 0.9, 1500)
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM, cfg.SOLVER.BACKBONE_MULTIPLIER) == (1e-4, 0, 0.1)
+    assert cfg.DATASETS.SPLIT == f"{name}/{splits[labelled]}"
+    assert f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
+    assert cfg.DATASETS.TRAIN == (f"{name}_train",) and cfg.DATASETS.TEST == (f"{name}_val",)
+    assert cfg.OUTPUT_DIR.endswith(f"/{name}_{labelled}")
+
+
+@pytest.mark.parametrize("labelled", [11, 46, 92])
+def test_camvid(labelled):
+    cfg = load_config(str(CONFIGS / f"camvid_{labelled}_unimatch.yaml"), [])
+    assert cfg.DATASETS.SPLIT == f"camvid/seed0/{labelled}" and f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
+
+
+def test_lists_have_as_many_images_as_their_configs_say():
+    for name, (_, _, splits) in PROTOCOL.items():
+        for labelled, split in splits.items():
+            with open(shared_file(f"splits/{name}/{split}/labeled.txt")) as file:
+                assert sum(1 for line in file if line.strip()) == labelled
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_class_names_are_those_of_the_embeddings(name):
+    with np.load(shared_file(f"clip_text/{EMBEDDINGS[name]}.npz")) as data:
+        assert tuple(str(n).strip() for n in data["names"]) == table_of(f"{name}_train").classes
+
+
+def text_on_cpu(cfg, names):
+    """The class embeddings are read and compared, which the meta device cannot do."""
+    with torch.device("cpu"):
+        return ClassText(cfg, names)
+
+
+def test_the_models_are_built_and_differ_in_their_text_alone(tmp_path, monkeypatch):
+    """On the meta device: no memory, no weights. With names as text, nothing grows with the number of classes."""
+    monkeypatch.setattr(meta_arch, "ClassText", text_on_cpu)
+    sizes = set()
+    for name, (_, _, splits) in PROTOCOL.items():
+        classes = table_of(f"{name}_train").classes
+        np.savez(tmp_path / "e.npz", names=np.array(classes), embeddings=np.eye(len(classes), 512, dtype=np.float32))
+        cfg = load_config(str(CONFIGS / f"{name}_{min(splits)}.yaml"),
+                          ["MODEL.DEVICE", "meta", "MODEL.TEXT.EMBEDDINGS", str(tmp_path / "e.npz")])
+        with torch.device("meta"):
+            model = build_model(cfg)
+        assert model.num_classes == len(classes) and model.test_mode == "sliding"
+        # ResNet-50's convolutions: its norms are frozen, its classifier is gone.
+        assert sum(p.numel() for p in model.backbone.parameters()) == 23_454_912
+        sizes.add(sum(p.numel() for p in model.parameters()))
+    assert len(sizes) == 1 and 40e6 < sizes.pop() < 60e6
