@@ -12,7 +12,8 @@ def build_optimizer(cfg, model) -> torch.optim.Optimizer:
         model, base_lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0)
-    return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR)
+    # fused: one pass over each tensor instead of eight.
+    return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR, fused=True)
 
 
 def _spare_embeddings(model, groups):
