@@ -20,6 +20,7 @@ from ..data.images import read_label
 from ..errors import UserError
 from .calibration import Calibration
 from .confusion import ConfusionMatrix, Scores, scores
+from .top_class import top_class
 
 DEFINITIONS = {
     "mIoU": "mean IoU over the classes that occur in the ground truth",
@@ -127,11 +128,10 @@ class SegmentationEvaluator(DatasetEvaluator):
             height, width = class_scores.shape[1:]
             raise UserError(f"{path}: the label map is {label.shape[0]} x {label.shape[1]} (height x width), the "
                             f"prediction {height} x {width}; is it the mask of another image?")
-        confidence, top = class_scores.max(0)  # (H, W) each
+        confidence, prediction = top_class(class_scores)  # (H, W) each
         if not torch.isfinite(confidence).all():
             raise UserError(f"{path}: the scores of this image are not finite; the weights are broken or training "
                             "diverged: evaluate an earlier checkpoint")
-        prediction = top.to(torch.uint8 if k <= 256 else torch.int16).cpu().numpy()
         self._confusion.update(label, prediction, path)
         if self._calibration is not None:
             self._calibration.update(confidence, label == prediction, label != self.ignore_label)
