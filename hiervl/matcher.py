@@ -8,17 +8,20 @@ _NEVER = 1e6  # stands in for a cost that is not finite
 
 
 def sigmoid_ce_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean binary cross-entropy of every pair: (..., N, P), (M, P), (P,) -> (..., N, M)."""
+    """Weighted mean binary cross-entropy of every pair: (..., N, P), (M, P), (P,) -> (..., N, M).
+
+    The cross-entropy of logit x and label y is softplus(x) - x * y: only the second part depends on the pair.
+    """
     weight = weight / weight.sum().clamp(min=1e-6)
-    positive, negative = F.softplus(-logits) * weight, F.softplus(logits) * weight
-    return positive @ masks.t() + negative @ (1 - masks).t()
+    return (F.softplus(logits) @ weight)[..., None] - logits @ (masks * weight).t()
 
 
 def dice_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """1 - dice of every pair, add-one smoothed: (..., N, P), (M, P), (P,) -> (..., N, M)."""
-    probability = logits.sigmoid() * weight
-    overlap = 2 * probability @ masks.t()
-    total = probability.sum(-1, keepdim=True) + (masks * weight).sum(-1)
+    masks = masks * weight
+    # The masks and the weight in one product, so that the probabilities are read once.
+    sums = logits.sigmoid() @ torch.cat((masks, weight[None])).t()  # (..., N, M+1)
+    overlap, total = 2 * sums[..., :-1], sums[..., -1:] + masks.sum(-1)
     return 1 - (overlap + 1) / (total + 1)
 
 

@@ -1,20 +1,36 @@
 """Sine position embedding over an image grid (DETR; Mask2Former's settings: normalised, scale 2*pi)."""
+import functools
 import math
 
 import torch
 
+_TEMPERATURE = 10000.0
 
-def sine_position(height: int, width: int, dim: int, device=None, temperature: float = 10000.0) -> torch.Tensor:
-    """Return (dim, height, width): the first half of the channels encodes y, the second x."""
+
+def sine_position(height: int, width: int, dim: int, device=None) -> torch.Tensor:
+    """Return (dim, height, width): the first half of the channels encodes y, the second x.
+
+    The result is kept for the next image of the same size: do not write into it.
+    """
+    # A compiler traces the computation; it could not look into the cache.
+    return (_sine_position if torch.compiler.is_compiling() else _cached)(height, width, dim, device)
+
+
+def _sine_position(height, width, dim, device):
     half = dim // 2
-    scale = temperature ** (2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half)
+    # A tensor of inference mode in the cache could not be used by a later training step.
+    with torch.inference_mode(False):
+        scale = _TEMPERATURE ** (2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half)
 
-    def encode(length):
-        # Coordinates 1..length are scaled to (0, 2*pi].
-        position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
-        angle = (position / (length + 1e-6) * 2 * math.pi)[:, None] / scale  # (length, half)
-        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+        def encode(length):
+            # Coordinates 1..length are scaled to (0, 2*pi].
+            position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+            angle = (position / (length + 1e-6) * 2 * math.pi)[:, None] / scale  # (length, half)
+            return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
 
-    y = encode(height)[:, None, :].expand(height, width, half)
-    x = encode(width)[None, :, :].expand(height, width, half)
-    return torch.cat((y, x), dim=2).permute(2, 0, 1)
+        y = encode(height)[:, None, :].expand(height, width, half)
+        x = encode(width)[None, :, :].expand(height, width, half)
+        return torch.cat((y, x), dim=2).permute(2, 0, 1)
+
+
+_cached = functools.lru_cache(maxsize=8)(_sine_position)  # the levels of two image sizes

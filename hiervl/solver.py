@@ -16,7 +16,8 @@ def build_optimizer(cfg, model) -> torch.optim.Optimizer:
     groups = get_default_optimizer_params(
         model, base_lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM, lr_factor_func=factor)
-    return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR)
+    # fused: one pass over each tensor instead of eight.
+    return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR, fused=True)
 
 
 def _spare_embeddings(model, groups):

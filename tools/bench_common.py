@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, what the machine can do, and the report."""
 
 import json
+import multiprocessing
 import platform
 import statistics
 import time
@@ -49,6 +50,23 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_new_process(function: Callable, *arguments) -> object:
+    """Run a function of a module in a fresh interpreter: what it allocates is not mixed with what was here."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def resident(key: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at most so far. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def increase(memory: dict[str, float]) -> float:
+    """What the work itself needed, of a measurement {"before", "peak"}."""
+    return memory["peak"] - memory["before"]
 
 
 def matrix_product(size: int = 1024) -> Callable[[], object]:

@@ -13,10 +13,10 @@ from hiervl.ops.extension import BUILD_COMMAND, has_kernel
 from hiervl.ops.function import reference_path
 
 HEADS, POINTS, WIDTH, STRIDES = 8, 4, 256, (32, 16, 8)
+ROUNDS = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of the interleaved measurements")
     parser.add_argument("--size", type=int, default=512, help="side of the image; levels have strides 32, 16 and 8")
 
 
@@ -72,7 +72,7 @@ def against_grid_sample(options: argparse.Namespace) -> list[dict]:
                 "kernel": functools.partial(function, inputs),
                 "grid_sample": functools.partial(on_reference, function, inputs),
             }
-            times = common.interleave(pair, options.rounds)
+            times = common.interleave(pair, options.rounds or ROUNDS)
             rows.append(
                 {
                     "B": batch,
@@ -91,7 +91,7 @@ def types(options: argparse.Namespace) -> list[dict]:
     for name, function in PASSES.items():
         names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         calls = {n: functools.partial(function, make_inputs(1, options.size, dtype)) for n, dtype in names.items()}
-        times = common.interleave(calls, options.rounds)
+        times = common.interleave(calls, options.rounds or ROUNDS)
         rows.append({"pass": name} | {f"{n} ms": common.median_ms(seconds) for n, seconds in times.items()})
     return rows
 
@@ -110,7 +110,7 @@ def thread_gain(options: argparse.Namespace) -> list[dict]:
     work = {name: functools.partial(function, inputs) for name, function in PASSES.items()}
     work |= {"GEMM 2048": common.matrix_product(2048)}
     calls = {(name, n): on_threads(n, function) for name, function in work.items() for n in (1, most)}
-    times = common.interleave(calls, options.rounds)
+    times = common.interleave(calls, options.rounds or ROUNDS)
     gains = {name: common.median_ratio(times[name, 1], times[name, most]) for name in work}
     return [
         {
@@ -138,7 +138,7 @@ def roofline(options: argparse.Namespace, facts: dict) -> list[dict]:
             "forward": (value_bytes + place_bytes + output_bytes, 8 * samples),
             "forward + backward": (3 * value_bytes + 3 * place_bytes + 2 * output_bytes, 24 * samples),
         }
-        times = common.interleave({n: functools.partial(PASSES[n], inputs) for n in cases}, options.rounds)
+        times = common.interleave({n: functools.partial(PASSES[n], inputs) for n in cases}, options.rounds or ROUNDS)
         for name, (moved, operations) in cases.items():
             memory_ms = moved / facts["copy_gbytes"] / 1e6
             compute_ms = operations / facts["gemm_gflops"] / 1e6

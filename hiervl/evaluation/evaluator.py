@@ -21,6 +21,7 @@ from ..errors import UserError
 from .boundary import BoundaryIoU
 from .calibration import Calibration
 from .confusion import ConfusionMatrix, Scores, scores
+from .top_class import top_class
 
 DEFINITIONS = {
     "mIoU": "mean IoU over the classes that occur in the ground truth",
@@ -131,11 +132,10 @@ class SegmentationEvaluator(DatasetEvaluator):
             height, width = class_scores.shape[1:]
             raise UserError(f"{path}: the label map is {label.shape[0]} x {label.shape[1]} (height x width), the "
                             f"prediction {height} x {width}; is it the mask of another image?")
-        confidence, top = class_scores.max(0)  # (H, W) each
+        confidence, prediction = top_class(class_scores)  # (H, W) each
         if not torch.isfinite(confidence).all():
             raise UserError(f"{path}: the scores of this image are not finite; the weights are broken or training "
                             "diverged: evaluate an earlier checkpoint")
-        prediction = top.to(torch.uint8 if k <= 256 else torch.int16).cpu().numpy()
         self._confusion.update(label, prediction, path)
         if self._boundary is not None:
             self._boundary.update(label, prediction)

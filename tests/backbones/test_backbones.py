@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 from torchvision.models import mobilenet_v2
 
 from hiervl.backbones import MobileNetV2, TimmBackbone, build_backbone
-from hiervl.backbones.frozen_norm import FrozenNormConv2d, freeze_norms
+from hiervl.backbones.frozen_norm import FrozenNormConv2d, NamedFrozenNormConv2d, freeze_norms
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from tests.conftest import shared_file
@@ -56,6 +59,32 @@ def test_resnet_of_detectron2():
     backbone = build_backbone(cfg).eval()
     check_shapes(backbone)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+
+
+def test_norms_of_detectron2s_convolutions_are_computed_with_them():
+    torch.manual_seed(0)
+    plain = BottleneckBlock(8, 16, bottleneck_channels=4, norm="FrozenBN")
+    for norm in (m for m in plain.modules() if isinstance(m, FrozenBatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        for tensor in (norm.running_mean, norm.weight, norm.bias):
+            nn.init.normal_(tensor)
+    folded = freeze_norms(copy.deepcopy(plain))
+    convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, NamedFrozenNormConv2d) for m in convolutions) and len(convolutions) == 4
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    image, results = torch.randn(2, 8, 12, 12), []
+    for block in (plain, folded):
+        out = block(image)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
+    for own, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_train_stay():
+    cfg = load_config("", ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_BN", "False", "MODEL.RESNETS.NORM", "BN"])
+    backbone = build_backbone(cfg)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+    assert not any(isinstance(m, NamedFrozenNormConv2d) for m in backbone.modules())
 
 
 def test_frozen_stages_are_not_trained():

@@ -1,6 +1,7 @@
 """The confusion matrix against counting pixel by pixel, and the scores against scores computed from pixel sets."""
 import numpy as np
 import pytest
+import torch
 
 from hiervl.errors import UserError
 from hiervl.evaluation import ConfusionMatrix, scores
@@ -51,6 +52,15 @@ def test_images_larger_than_a_chunk_and_views():
     valid = label != 255
     expected = np.bincount(19 * label[valid].astype(np.int64) + prediction[valid], minlength=19 * 19)
     assert np.array_equal(matrix.counts.ravel(), expected)
+
+
+def test_more_pixels_in_a_cell_than_float32_can_count():
+    label = np.zeros((4097, 4099), np.uint8)  # an odd number above 2**24
+    matrix = ConfusionMatrix(2)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        matrix.update(label, label)
+    assert matrix.counts[0, 0] == matrix.counts.sum() == 2 * label.size
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 3, 5])

@@ -8,6 +8,7 @@ import ctypes
 import pytest
 import torch
 
+from hiervl.ops import ms_deform_attn
 from hiervl.ops.reference import ms_deform_attn_reference
 
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of ScalarType
@@ -160,3 +161,27 @@ def test_shim_reports_what_would_hang(cuda_on_host):
     library.simt_stuck()
     assert library.simt_error() == b"deadlock: not every thread reaches __shfl_xor_sync"
     library.simt_reset(0)
+
+
+@pytest.mark.parametrize("where", ["cuda source", "cpu kernel"])
+def test_elements_beyond_two_to_the_31(make_inputs, cuda_on_host, where, request):
+    """The last row of a value of more than 2**31 elements: only the pages that are touched cost memory."""
+    rows, width = 2**15 + 4, 2**16 + 3
+    try:
+        value = torch.empty(1, rows, 1, width, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4 GB of address space cannot be had")
+    assert value.numel() > 2**31
+    inputs = make_inputs(batch=1, shapes=[(2, 2)], heads=1, width=1, queries=1, points=1).map(torch.Tensor.bfloat16)
+    small = torch.randn(1, 4, 1, width).bfloat16()
+    value[:, -4:] = small
+    inputs.value, inputs.starts = value, [rows - 4]
+    inputs.locations = torch.full_like(inputs.locations, 0.4)
+    if where == "cuda source":
+        output = HostDevice(cuda_on_host(), 128).forward(inputs)
+    else:
+        request.getfixturevalue("kernel")
+        output = ms_deform_attn(*inputs.args)
+    expected = ms_deform_attn_reference(small.double(), [(2, 2)], [0], inputs.locations.double(),
+                                        inputs.weights.double())
+    assert (output.double() - expected).abs().max() < 1e-2 * expected.abs().max()

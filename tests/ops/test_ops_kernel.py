@@ -178,3 +178,17 @@ def test_second_derivative_is_refused(make_inputs):
     (grad,) = torch.autograd.grad(ms_deform_attn(*leaves.args).square().sum(), leaves.value, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_memory_is_the_output_and_at_most_as_much_again(make_inputs):
+    """The scratch of all threads together is no larger than the output, whatever the number of queries."""
+    torch.set_num_threads(2)
+    for queries in (10, 100, 1000, 4000):
+        inputs = make_inputs(batch=1, shapes=[(32, 32)], heads=8, width=32, queries=queries, points=16)
+        inputs = inputs.map(lambda tensor: tensor.float())
+        ms_deform_attn(*inputs.args)
+        with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+            output = ms_deform_attn(*inputs.args)
+        events = profile.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+        assert output.nbytes in sizes and sum(sizes) <= 2 * output.nbytes + 4096

@@ -97,16 +97,18 @@ at::Tensor scratch(const at::Tensor& value, int64_t count) {
 }
 
 // Whether each head's rows are packed before they are read: when they are read often enough, and
-// when the packed heads of all threads together are not larger than `value`.
-bool worth_packing(const CpuProblem& p) {
-  const int64_t reads = 4 * p.queries * p.places;
-  return at::get_num_threads() <= p.batch * p.heads && reads >= 4 * p.rows;
+// when the packed heads of all threads together are not larger than the output.
+bool worth_packing(const CpuProblem& p, const at::Tensor& value) {
+  const int64_t reads = 4 * p.queries * p.places, bytes = value.element_size();
+  const int64_t packed = at::get_num_threads() * p.rows * p.width * std::max<int64_t>(bytes, 4);
+  const int64_t output = p.batch * p.queries * p.heads * p.width * bytes;
+  return packed <= output && reads >= 4 * p.rows;
 }
 
 // Run `pass` over all (image, head, query) on all threads.
 void for_items(void (*pass)(const CpuProblem&, int64_t, int64_t, void*), const CpuProblem& problem,
                const at::Tensor& value) {
-  const bool pack = worth_packing(problem);
+  const bool pack = worth_packing(problem, value);
   at::parallel_for(0, problem.batch * problem.heads * problem.queries, kGrain, [&](int64_t begin, int64_t end) {
     const at::Tensor rows = scratch(value, pack ? problem.rows * problem.width : 0);
     pass(problem, begin, end, pack ? rows.mutable_data_ptr() : nullptr);
