@@ -26,7 +26,7 @@ test: install  ## run the tests (ARGS='-k name' selects)
 lint: install  ## look for mistakes and long lines
 	$(PY) -m ruff check $(ARGS) .
 
-bench: install  ## time the parts of the network
+bench: install  ## time everything that docs/PERFORMANCE.md tells (ARGS=op: one part)
 	$(PY) tools/benchmark.py $(ARGS)
 
 clean:  ## remove caches, outputs and compiled kernels; keeps .venv

@@ -2,6 +2,7 @@
 
     python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
     python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+    ... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order
 """
 import logging
 import os
@@ -19,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.trainer import SemiSupervisedTrainer
+from hiervl.text.word_lists import read_classes
 
 
 def setup(args):
@@ -40,9 +42,29 @@ def run(args):
     trainer = SemiSupervisedTrainer(cfg)
     if args.eval_only:
         trainer.load_for_evaluation()
+        if args.classes:
+            rename_classes(trainer, read_classes(args.classes))
         return trainer.evaluation.run(trainer.iter + 1)[0]
     trainer.resume_or_load(args.resume)
     return trainer.train()
+
+
+def rename_classes(trainer, names):
+    """Evaluate with other words for the classes of the data set."""
+    known = trainer.student.class_names
+    if len(names) != len(known):
+        raise UserError(f"--classes: {len(names)} names for the {len(known)} classes of the data set; give one for "
+                        f"each, in the order {', '.join(known)}.")
+    for network in (trainer.student, trainer.teacher.model):
+        network.set_classes(names)
+
+
+def parser():
+    """Detectron2's command line, and --classes."""
+    result = default_argument_parser()
+    result.add_argument("--classes", default="", help="with --eval-only: other names for the classes, separated by "
+                                                      "commas, or a file with one per line")
+    return result
 
 
 def main(args):
@@ -56,6 +78,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    arguments = parser().parse_args()
     launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
            dist_url=arguments.dist_url, args=(arguments,))

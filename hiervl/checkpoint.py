@@ -51,6 +51,24 @@ def _replacing(path, mode):
         os.close(folder_handle)
 
 
+class TrainedNames:
+    """Which class names a network was trained with, as a part of its checkpoint.
+
+    Args:
+        networks: they get the names when a checkpoint is loaded (attribute `trained_names`).
+    """
+
+    def __init__(self, *networks):
+        self.networks = networks
+
+    def state_dict(self):
+        return {"names": sorted(self.networks[0].trained_names)}
+
+    def load_state_dict(self, state):
+        for network in self.networks:
+            network.trained_names = frozenset(state["names"])
+
+
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes and strict loading of our own checkpoints.
 
@@ -143,6 +161,8 @@ def load_network(network: torch.nn.Module, path: str, kind: str = "teacher") -> 
     state = read_state(path, "MODEL.WEIGHTS")
     name = "teacher" if kind == "teacher" and "teacher" in state else "model"
     _fit(network, state.get(name, state), path, "this config")
+    if "trained_names" in state:
+        TrainedNames(network).load_state_dict(state["trained_names"])
 
 
 def _fit(module, state, path, target):

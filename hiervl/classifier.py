@@ -35,10 +35,11 @@ class TextClassifier(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, queries, text):
-        """queries (B, N, C), text (K, Dt) of unit length -> (B, N, K+1)."""
-        classes = torch.cat((text, F.normalize(self.no_object, dim=0)[None]))  # (K+1, Dt)
+        """queries (B, N, C), text (K, Dt) or each image's own (B, K, Dt), of unit length -> (B, N, K+1)."""
+        no_object = F.normalize(self.no_object, dim=0).expand(*text.shape[:-2], 1, -1)
+        classes = torch.cat((text, no_object), dim=-2)  # (..., K+1, Dt)
         scale = self.log_scale.exp().clamp(max=self.MAX_SCALE)
-        return scale * F.normalize(self.project(queries), dim=-1) @ classes.t()
+        return scale * F.normalize(self.project(queries), dim=-1) @ classes.transpose(-1, -2)
 
 
 def build_classifier(kind: str, dim: int, num_classes: int, text_dim: int) -> nn.Module:

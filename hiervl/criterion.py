@@ -1,9 +1,10 @@
 """The training loss of one set of images, labelled or pseudo-labelled (DESIGN section 2, "Criterion").
 
-Instance queries are matched to segments; every prediction of the decoder is supervised. Validity is a weight per
-pixel: a mask logit whose bilinear support holds no valid pixel gets exactly zero gradient.
+Instance queries are matched to segments, semantic queries are tied to their class; every prediction of the decoder
+is supervised. Validity is a weight per pixel: a place of the mask features whose bilinear support holds no valid pixel
+gets exactly zero gradient. All classes here are kept classes (`Targets.among`).
 """
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 
 from .inference import ClassScores
 from .matcher import HungarianMatcher
-from .points import draw_valid_points, pixel_centers, sample_maps
+from .points import SharedPoints, sample_maps
 from .targets import Targets
 
 
@@ -23,13 +24,18 @@ class Normalizers:
     masks: torch.Tensor
     queries: torch.Tensor
     images: torch.Tensor
+    regions: torch.Tensor
 
     def stack(self) -> torch.Tensor:
-        return torch.stack((self.masks, self.queries, self.images))
+        return torch.stack(astuple(self))
 
     @classmethod
     def unstack(cls, values: torch.Tensor) -> "Normalizers":
         return cls(*values.unbind(0))
+
+    @classmethod
+    def zero(cls, device) -> "Normalizers":
+        return cls.unstack(torch.zeros(4, device=device))
 
 
 def sigmoid_ce_loss(logits, masks, weight):
@@ -44,24 +50,34 @@ def dice_loss(logits, masks, weight):
     return 1 - (2 * (probability * masks).sum(1) + 1) / (probability.sum(1) + (masks * weight).sum(1) + 1)
 
 
+def balanced_presence_loss(logits, present, absent):
+    """Per image: half the mean over the present classes of -log p, half the mean over the absent ones of -log(1-p);
+    a class in neither does not count. logits (..., B, V), present and absent (B, V) -> (..., B)."""
+    positive = (F.softplus(-logits) * present).sum(-1) / present.sum(-1).clamp(min=1)
+    negative = (F.softplus(logits) * absent).sum(-1) / absent.sum(-1).clamp(min=1)
+    return (positive + negative) / 2
+
+
 class Criterion(nn.Module):
     """See the module's docstring.
 
     Args:
         matcher: assigns queries to segments.
-        class_weight, mask_weight, dice_weight, pixel_weight: weights of the four losses.
+        class_weight, mask_weight, dice_weight, pixel_weight, presence_weight: weights of the losses.
         no_object_weight: weight of an unmatched query in the class loss.
         num_points: points per image and mask; oversample_ratio and importance_ratio choose among them those where
-            the mask is least certain (PointRend, arXiv 1912.08193).
+            the mask is least certain (PointRend, arXiv 1912.08193). The E masks of a class share as many.
+            All masks of an image choose among the same candidates, where its mask features are read once.
         deep_supervision: supervise every prediction, not the last only.
     """
 
     @configurable
-    def __init__(self, *, matcher, class_weight, mask_weight, dice_weight, pixel_weight, no_object_weight,
-                 num_points, oversample_ratio, importance_ratio, deep_supervision):
+    def __init__(self, *, matcher, class_weight, mask_weight, dice_weight, pixel_weight, presence_weight,
+                 no_object_weight, num_points, oversample_ratio, importance_ratio, deep_supervision):
         super().__init__()
         self.matcher = matcher
-        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight}
+        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight,
+                        "presence": presence_weight, "region": mask_weight, "region_dice": dice_weight}
         self.no_object_weight = no_object_weight
         self.num_points = num_points
         self.oversample_ratio, self.importance_ratio = oversample_ratio, importance_ratio
@@ -72,45 +88,53 @@ class Criterion(nn.Module):
         c = cfg.MODEL.CRITERION
         return {"matcher": HungarianMatcher(c.CLASS_WEIGHT, c.MASK_WEIGHT, c.DICE_WEIGHT),
                 "class_weight": c.CLASS_WEIGHT, "mask_weight": c.MASK_WEIGHT, "dice_weight": c.DICE_WEIGHT,
-                "pixel_weight": c.PIXEL_WEIGHT, "no_object_weight": c.NO_OBJECT_WEIGHT,
-                "num_points": c.NUM_POINTS, "oversample_ratio": c.OVERSAMPLE_RATIO,
-                "importance_ratio": c.IMPORTANCE_RATIO, "deep_supervision": c.DEEP_SUPERVISION}
+                "pixel_weight": c.PIXEL_WEIGHT, "presence_weight": c.PRESENCE_WEIGHT,
+                "no_object_weight": c.NO_OBJECT_WEIGHT, "num_points": c.NUM_POINTS,
+                "oversample_ratio": c.OVERSAMPLE_RATIO, "importance_ratio": c.IMPORTANCE_RATIO,
+                "deep_supervision": c.DEEP_SUPERVISION}
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
-        """Denominators of these targets: segments, weighted queries, images."""
+        """Denominators of these targets: segments, weighted queries, images, class regions."""
         matched = targets.weight.new_tensor([min(count, num_queries) for count in targets.counts])
         unmatched = self.no_object_weight * targets.no_object_weight * (num_queries - matched)
-        return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)))
+        return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)),
+                           targets.present.sum().to(matched))
 
-    def forward(self, predictions, targets: Targets, scores: ClassScores, normalizers: Normalizers = None):
+    @property
+    def num_candidates(self) -> int:
+        """Points to be drawn per image."""
+        return max(int(self.oversample_ratio * self.num_points), self.num_points)
+
+    def forward(self, predictions, mask_features, targets: Targets, points: SharedPoints, scores: ClassScores,
+                normalizers: Normalizers, relevance=None):
         """
         Args:
-            predictions: the decoder's list of {"class_logits" (B, N, K+1), "mask_logits" (B, N, h, w)}.
-            targets: of the same B images. scores: turns queries into class scores (for the pixel loss).
-            normalizers: None for those of this batch alone.
+            predictions: the decoder's list of QueryPredictions. mask_features: M (B, Cm, h, w).
+            targets, points: of the same B images; `num_candidates` points each.
+            scores: turns queries into class scores (for the pixel loss). relevance: (B, K') or None.
+            normalizers: `normalizers()` of these targets, or of all that are added up.
         Returns:
-            {"loss_class", "loss_mask", "loss_dice", "loss_pixel"}: weighted scalars, summed over predictions.
+            {"loss_class", "loss_mask", "loss_dice", "loss_pixel"}, and with semantic queries {"loss_presence",
+            "loss_region", "loss_region_dice"}: weighted scalars, summed over predictions.
         """
         predictions = predictions if self.deep_supervision else predictions[-1:]
-        class_logits = torch.stack([p["class_logits"] for p in predictions]).float()  # (L, B, N, K+1)
-        mask_logits = torch.stack([p["mask_logits"] for p in predictions], dim=1).float()  # (B, L, N, h, w)
-        if normalizers is None:
-            normalizers = self.normalizers(targets, class_logits.shape[2])
-        index, at_points = self._shared_points(mask_logits, targets)  # (B, P), (L, B, N, P)
-        weight = targets.weight.flatten(1).gather(1, index)
-        segments = targets.segments.flatten(1).gather(1, index)
-        matched = self.matcher(class_logits, at_points, segments, weight, targets.labels)
-        losses = {"class": self._class_loss(class_logits, targets, matched, normalizers),
-                  **self._mask_losses(mask_logits, targets, matched, normalizers),
-                  "pixel": self._pixel_loss(class_logits, at_points, targets, index, weight, scores, normalizers)}
+        class_logits = torch.stack([p.class_logits for p in predictions]).float()  # (L, B, N, K'+1)
+        embed = torch.stack([p.mask_embed for p in predictions]).float()  # (L, B, N, Cm)
+        read = sample_maps(mask_features.float(), points.places)  # (B, S, Cm)
+        few, some = points.first(self.num_points), read[:, :self.num_points]
+        masks = torch.einsum("lbnc,bpc->lbnp", embed, some)  # (L, B, N, P)
+        matched = self.matcher(class_logits, masks, few.segment, few.weight, targets.labels)
+        losses = {"class": self._class_loss(class_logits, targets, matched, normalizers)}
+        losses["mask"], losses["dice"] = self._mask_losses(embed, read, targets, points, matched, normalizers)
+        semantic = ()
+        if predictions[0].region_embed is not None:
+            presence = torch.stack([p.presence_logits for p in predictions]).float()  # (L, B, E, K')
+            regions = torch.stack([p.region_embed for p in predictions]).float()  # (L, B, E, K', Cm)
+            semantic = presence, torch.einsum("lbekc,bpc->lbekp", regions, some)
+            losses |= self._semantic_losses(*semantic, targets, few, normalizers)
+        evidence = scores(class_logits, masks, *semantic, relevance=relevance)  # (L, B, K', P)
+        losses["pixel"] = self._pixel_loss(evidence, targets, few, scores, normalizers)
         return {f"loss_{name}": self.weights[name] * value for name, value in losses.items()}
-
-    def _shared_points(self, mask_logits, targets):
-        """Uniform valid points, shared by all queries and predictions of an image (matching and pixel loss)."""
-        index = draw_valid_points(targets.weight, self.num_points)
-        points = pixel_centers(index, *targets.weight.shape[1:])
-        values = sample_maps(mask_logits.flatten(1, 2), points)  # (B, L*N, P)
-        return index, values.unflatten(1, mask_logits.shape[1:3]).transpose(0, 1)
 
     def _class_loss(self, class_logits, targets, matched, normalizers):
         """Cross-entropy over classes and "no object".
@@ -131,33 +155,55 @@ class Criterion(nn.Module):
         weight = torch.where(unmatched, no_object, 1.0) * targets.image_weight[None, :, None]
         return (loss * weight).sum() / normalizers.queries.clamp(min=1e-6)
 
-    def _mask_losses(self, mask_logits, targets, matched, normalizers):
+    def _mask_losses(self, embed, read, targets, points, matched, normalizers):
+        """Cross-entropy and dice of the matched masks; embed (L, B, N, Cm), read (B, S, Cm)."""
         layer, image, query, segment = matched
-        masks = mask_logits[image, layer, query][:, None]  # (T, 1, h, w)
-        index = self._uncertain_points(masks, targets.weight, image)  # (T, P)
-        logits = sample_maps(masks, pixel_centers(index, *targets.weight.shape[1:]))[:, 0]
-        truth = (targets.segments.flatten(1)[image[:, None], index] == segment[:, None]).to(logits)
-        weight = targets.weight.flatten(1)[image[:, None], index]
-        image_weight = targets.image_weight[image]
-        denominator = normalizers.masks.clamp(min=1)
-        return {"mask": (sigmoid_ce_loss(logits, truth, weight) * image_weight).sum() / denominator,
-                "dice": (dice_loss(logits, truth, weight) * image_weight).sum() / denominator}
+        total = torch.zeros(2, device=embed.device)
+        for b, weight in enumerate(targets.image_weight):
+            own = image == b
+            logits = embed[layer[own], b, query[own]] @ read[b].t()  # (T_b, S)
+            losses = self._where_uncertain(logits, self.num_points, points.segment[b].expand_as(logits),
+                                           points.weight[b].expand_as(logits), segment[own])
+            total = total + weight * torch.stack([loss.sum() for loss in losses])
+        return total / normalizers.masks.clamp(min=1)
 
-    @torch.no_grad()
-    def _uncertain_points(self, masks, weight, image):
-        """Per mask, the least certain of the image's candidates and some random ones: (T, P) pixel indices."""
-        chosen = int(self.importance_ratio * self.num_points)
-        candidates = draw_valid_points(weight, int(self.oversample_ratio * self.num_points))[image]  # (T, 3P)
-        certainty = sample_maps(masks, pixel_centers(candidates, *weight.shape[1:]))[:, 0].abs()
-        best = certainty.topk(chosen, dim=1, largest=False, sorted=False).indices
-        random = draw_valid_points(weight, self.num_points - chosen)[image]
-        return torch.cat((candidates.gather(1, best), random), dim=1)
+    def _where_uncertain(self, logits, num_points, reference, weight, wanted):
+        """Per mask, cross-entropy and dice at some of its points: those where it is least certain and, for the rest,
+        random ones.
 
-    def _pixel_loss(self, class_logits, at_points, targets, index, weight, scores, normalizers):
-        """-log p of the true class at the shared points: what makes p a probability."""
-        evidence = scores(class_logits, at_points)  # (L, B, K, P)
-        label = targets.sem_seg.flatten(1).gather(1, index)  # (B, P)
-        own = evidence.gather(2, label[None, :, None].expand(len(evidence), -1, 1, -1))[:, :, 0]
+        Args:
+            logits: (T, S). reference: (T, S) ids; the true mask i is where reference equals wanted[i] (T,).
+            weight: (T, S) validity.
+        Returns:
+            two tensors (T,).
+        """
+        chosen = int(self.importance_ratio * num_points)
+        best = logits.detach().abs().topk(chosen, dim=1, largest=False, sorted=False).indices
+        random = torch.randint(logits.shape[1], (len(logits), num_points - chosen), device=logits.device)
+        index = torch.cat((best, random), dim=1)
+        logits, weight = logits.gather(1, index), weight.gather(1, index)
+        truth = (reference.gather(1, index) == wanted[:, None]).to(logits)
+        return sigmoid_ce_loss(logits, truth, weight), dice_loss(logits, truth, weight)
+
+    def _semantic_losses(self, presence, regions, targets, points, normalizers):
+        """Presence of each class, the regions of the present ones, empty masks for those known to be absent; means
+        over the E queries of a class. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
+        num_layers, num_scales = presence.shape[0], presence.shape[2]
+        per_image = balanced_presence_loss(presence.transpose(1, 2), targets.present, targets.absent)  # (L, E, B)
+        image, kind = targets.present.nonzero(as_tuple=True)  # (T,) each
+        logits = regions[:, image, :, kind].flatten(0, 2)  # (T, L, E, P) -> (T*L*E, P)
+        image, kind = (x.repeat_interleave(num_layers * num_scales) for x in (image, kind))
+        mask, dice = self._where_uncertain(logits, max(logits.shape[1] // num_scales, 1), points.label[image],
+                                           points.weight[image], kind)
+        share = targets.image_weight[image] / (num_scales * normalizers.regions.clamp(min=1))
+        empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4))  # (L, E, K', B)
+        empty = (empty * targets.absent.t()).sum(2) / targets.absent.sum(1).clamp(min=1)  # (L, E, B)
+        per_scale = targets.image_weight / (num_scales * normalizers.images.clamp(min=1))
+        return {"presence": (per_image * per_scale).sum(),
+                "region": (mask * share).sum() + (empty * per_scale).sum(), "region_dice": (dice * share).sum()}
+
+    def _pixel_loss(self, evidence, targets, points, scores, normalizers):
+        """-log p of the true class at the shared points: what makes p a probability. evidence (L, B, K', P)."""
+        own = evidence.gather(2, points.label[None, :, None].expand(len(evidence), -1, 1, -1))[:, :, 0]
         loss = torch.log(scores.epsilon + evidence.sum(2)) - torch.log(own.clamp(min=1e-8))  # (L, B, P)
-        per_image = (loss * weight).sum(-1) / weight.sum(-1).clamp(min=1e-6)
-        return (per_image * targets.image_weight).sum() / normalizers.images
+        return (points.mean(loss) * targets.image_weight).sum() / normalizers.images.clamp(min=1)

@@ -1,35 +1,75 @@
-"""Masked-attention transformer decoder (Mask2Former, arXiv 2112.01527, section 3.2) with named classes.
+"""DQTD, the dual-query transformer decoder: masked attention (Mask2Former, arXiv 2112.01527, section 3.2) over two
+sets of queries (DESIGN section 2; docs/how-it-works.md, "two sets of queries").
 
-Inputs: memory F1..F3 and mask features M of the pixel decoder, class embeddings T. Output after every layer,
-the initial queries included: class logits (B, N, K+1), the last column being "no object", and mask logits
-(B, N, H/4, W/4). State-dict names are Mask2Former's, so that its checkpoints load.
+Instance queries are learnt and free to take any segment; semantic queries (K' classes at E scales) come from the
+names and stay with their class. Inputs: memory F1..F3, mask features M, class embeddings T, and the semantic queries
+where there are any. Output after every layer, the initial queries included: `QueryPredictions`. State-dict names are
+Mask2Former's, so that its checkpoints load.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import nn
 
 from .classifier import build_classifier
+from .layers import MLP, Attention
 from .position import sine_position
 
 _NUM_LEVELS = 3
 
 
-class Attention(nn.MultiheadAttention):
-    """torch's multi-head attention, with a mask that all heads share instead of one copy per head."""
+@dataclass
+class QueryPredictions:
+    """What the queries say after one layer. A mask is an embedding: its logits anywhere are the product with the mask
+    features there, so that no query's mask is made where nobody looks.
 
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__(dim, num_heads, batch_first=True)
+    Attributes:
+        class_logits: (B, N, K'+1) of the instance queries, the last column being "no object".
+        mask_embed: (B, N, Cm).
+        presence_logits: (B, E, K') of the semantic queries; None without them.
+        region_embed: (B, E, K', Cm), the masks of the semantic queries; None without them.
+    """
 
-    def forward(self, query, key, value, blocked=None):
-        """query (B, Q, C), key and value (B, S, C), blocked (B, Q, S) bool or None -> (B, Q, C)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        # (B, X, C) -> (B, heads, X, C/heads)
-        q, k, v = (F.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-                   for x, w, b in zip((query, key, value), weights, biases))
-        allowed = None if blocked is None else ~blocked[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+    class_logits: torch.Tensor
+    mask_embed: torch.Tensor
+    presence_logits: torch.Tensor | None = None
+    region_embed: torch.Tensor | None = None
+
+    def __getitem__(self, images: slice) -> "QueryPredictions":
+        """Those of some of the images."""
+        parts = (self.class_logits, self.mask_embed, self.presence_logits, self.region_embed)
+        return QueryPredictions(*(None if part is None else part[images] for part in parts))
+
+    def masks(self, mask_features) -> torch.Tensor:
+        """Mask logits of the instance queries: M (B, Cm, h, w) -> (B, N, h, w)."""
+        return torch.einsum("bnc,bchw->bnhw", self.mask_embed, mask_features)
+
+    def regions(self, mask_features) -> torch.Tensor:
+        """Mask logits of the semantic queries: M (B, Cm, h, w) -> (B, E, K', h, w)."""
+        return torch.einsum("bekc,bchw->bekhw", self.region_embed, mask_features)
+
+    def evidence(self, mask_features, scores, relevance=None) -> torch.Tensor:
+        """Evidence (B, K', h, w) for the kept classes, by `scores` (ClassScores)."""
+        semantic = () if self.region_embed is None else (self.presence_logits, self.regions(mask_features).flatten(3))
+        flat = scores(self.class_logits, self.masks(mask_features).flatten(2), *semantic, relevance=relevance)
+        return flat.unflatten(2, mask_features.shape[2:])
+
+
+@dataclass
+class SemanticQueries:
+    """The semantic set as the decoder takes it over.
+
+    Attributes:
+        queries: (B, E, K', d). position: (B, E, K', d), the queries before anything was added to them.
+        log_relevance: (B, K'). scores: (B, K', h, w), pixel-text scores, positive where the class may be; or None.
+    """
+
+    queries: torch.Tensor
+    position: torch.Tensor
+    log_relevance: torch.Tensor
+    scores: torch.Tensor | None
 
 
 class SelfAttentionLayer(nn.Module):
@@ -38,9 +78,9 @@ class SelfAttentionLayer(nn.Module):
         self.self_attn = Attention(dim, num_heads)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, queries, query_position):
+    def forward(self, queries, query_position, bias=None):
         positioned = queries + query_position
-        return self.norm(queries + self.self_attn(positioned, positioned, queries))
+        return self.norm(queries + self.self_attn(positioned, positioned, queries, bias))
 
 
 class CrossAttentionLayer(nn.Module):
@@ -49,8 +89,8 @@ class CrossAttentionLayer(nn.Module):
         self.multihead_attn = Attention(dim, num_heads)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, queries, query_position, memory, memory_position, blocked):
-        attended = self.multihead_attn(queries + query_position, memory + memory_position, memory, blocked)
+    def forward(self, queries, query_position, memory, memory_position, visible):
+        attended = self.multihead_attn(queries + query_position, memory + memory_position, memory, visible)
         return self.norm(queries + attended)
 
 
@@ -65,18 +105,19 @@ class FeedForwardLayer(nn.Module):
         return self.norm(queries + self.linear2(F.relu(self.linear1(queries))))
 
 
-class MLP(nn.Module):
-    """Three linear layers with ReLU between them."""
+class SetExchange(nn.Module):
+    """Each set of queries asks the other one; per-channel gates start near zero."""
 
-    def __init__(self, in_dim, hidden_dim, out_dim):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        dims = (in_dim, hidden_dim, hidden_dim, out_dim)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+        self.to_semantic, self.to_instance = Attention(dim, num_heads), Attention(dim, num_heads)
+        self.semantic_gate = nn.Parameter(torch.full((dim,), 0.01))
+        self.instance_gate = nn.Parameter(torch.full((dim,), 0.01))
 
-    def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+    def forward(self, semantic, instance, bias):
+        """semantic (B, E*K', d), instance (B, N, d), bias (B, 1, E*K') log relevance -> both, updated."""
+        return (semantic + self.semantic_gate * self.to_semantic(semantic, instance, instance),
+                instance + self.instance_gate * self.to_instance(instance, semantic, semantic, bias))
 
 
 class QueryDecoder(nn.Module):
@@ -84,24 +125,29 @@ class QueryDecoder(nn.Module):
 
     @configurable
     def __init__(self, *, memory_dim: int, mask_dim: int, hidden_dim: int, num_queries: int, num_heads: int,
-                 num_layers: int, feedforward_dim: int, classifier: nn.Module):
+                 num_layers: int, feedforward_dim: int, classifier: nn.Module, semantic: bool = False):
         """
         Args:
             memory_dim, mask_dim: widths of F1..F3 and of M.
-            num_queries: N instance queries. classifier: module (x (B, N, C), T) -> (B, N, K+1).
+            num_queries: N instance queries. classifier: module (x (B, N, C), T) -> (B, N, K'+1).
+            semantic: with a set of semantic queries.
         """
         super().__init__()
+        self.semantic = semantic
         self.transformer_cross_attention_layers = nn.ModuleList(
             CrossAttentionLayer(hidden_dim, num_heads) for _ in range(num_layers))
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(hidden_dim, num_heads) for _ in range(num_layers))
         self.transformer_ffn_layers = nn.ModuleList(
             FeedForwardLayer(hidden_dim, feedforward_dim) for _ in range(num_layers))
-        for layers in (self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
-                       self.transformer_ffn_layers):
-            for parameter in layers.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
+        layer_lists = [self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
+                       self.transformer_ffn_layers]
+        if semantic:
+            self.exchanges = nn.ModuleList(SetExchange(hidden_dim, num_heads) for _ in range(num_layers))
+            layer_lists.append(self.exchanges)
+        for parameter in (p for layers in layer_lists for p in layers.parameters()):
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
         self.decoder_norm = nn.LayerNorm(hidden_dim)
         self.query_feat = nn.Embedding(num_queries, hidden_dim)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
@@ -111,6 +157,9 @@ class QueryDecoder(nn.Module):
             for _ in range(_NUM_LEVELS))
         self.class_embed = classifier
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim)
+        if semantic:
+            self.set_embed = nn.Embedding(2, hidden_dim)  # semantic, instance
+            self.presence_embed = nn.Linear(hidden_dim, 1)
 
     @property
     def num_queries(self) -> int:
@@ -122,51 +171,82 @@ class QueryDecoder(nn.Module):
         return {"memory_dim": cfg.MODEL.PIXEL_DECODER.CONV_DIM, "mask_dim": cfg.MODEL.PIXEL_DECODER.MASK_DIM,
                 "hidden_dim": options.HIDDEN_DIM, "num_queries": options.NUM_QUERIES,
                 "num_heads": options.NUM_HEADS, "num_layers": options.NUM_LAYERS,
-                "feedforward_dim": options.FEEDFORWARD_DIM,
+                "feedforward_dim": options.FEEDFORWARD_DIM, "semantic": cfg.MODEL.DECODER.SEMANTIC,
                 "classifier": build_classifier(options.CLASSIFIER, options.HIDDEN_DIM, num_classes, text_dim)}
 
-    def forward(self, memory, mask_features, text):
+    def forward(self, memory, mask_features, text, semantic: SemanticQueries = None, last_only: bool = False) -> list:
         """
         Args:
-            memory: [F1, F2, F3], each (B, C, h, w). mask_features: (B, C, H/4, W/4). text: (K, Dt) or None.
+            memory: [F1, F2, F3], each (B, C, h, w). mask_features: (B, C, H/4, W/4).
+            text: (K, Dt), (B, K', Dt) or None. last_only: nobody asks for more than the last predictions.
         Returns:
-            list over predictions (initial queries, then every layer) of {"class_logits", "mask_logits"}.
+            list of QueryPredictions: of the initial queries, then of every layer; with last_only, the last one.
         """
-        batch = memory[0].shape[0]
-        tokens, positions, sizes = self._tokens(memory)
-        queries = self.query_feat.weight.expand(batch, -1, -1)  # (N, C) -> (B, N, C)
-        query_position = self.query_embed.weight
-        predictions = [self._predict(queries, mask_features, text)]
-        layers = zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
-                     self.transformer_ffn_layers)
-        for i, (cross, self_attention, feedforward) in enumerate(layers):
+        tokens, positions, small_masks = self._tokens(memory, mask_features)
+        queries = self.query_feat.weight.expand(len(mask_features), -1, -1)  # (N, C) -> (B, N, C)
+        position, bias = self.query_embed.weight, None
+        if semantic is not None:
+            queries, position, bias = self._join(semantic, queries, position)
+        predictions = []
+        for i in range(len(self.transformer_ffn_layers)):
+            normed = self.decoder_norm(queries)
+            embed = self.mask_embed(normed)
+            if not last_only:
+                predictions.append(self._predict(normed, embed, text, semantic))
             level = i % _NUM_LEVELS
-            blocked = _blocked(predictions[-1]["mask_logits"], sizes[level])
-            queries = cross(queries, query_position, tokens[level], positions[level], blocked)
-            queries = feedforward(self_attention(queries, query_position))
-            predictions.append(self._predict(queries, mask_features, text))
-        return predictions
+            seen = self._visible(embed, small_masks[level], semantic if i == 0 else None)
+            queries = self.transformer_cross_attention_layers[i](queries, position, tokens[level], positions[level],
+                                                                 seen)
+            queries = self.transformer_self_attention_layers[i](queries, position, bias)
+            queries = self.transformer_ffn_layers[i](queries)
+            if semantic is not None:
+                split = queries.shape[1] - self.num_queries
+                queries = torch.cat(self.exchanges[i](queries[:, :split], queries[:, split:], bias[..., :split]), 1)
+        normed = self.decoder_norm(queries)
+        return [*predictions, self._predict(normed, self.mask_embed(normed), text, semantic)]
 
-    def _tokens(self, memory):
-        """Flatten each level: tokens (B, h*w, C), positions (h*w, C), sizes (h, w)."""
-        tokens, positions, sizes = [], [], []
+    def _join(self, semantic, queries, position):
+        """Both sets in one row: queries and positions (B, E*K'+N, C), and what self-attention adds for each key
+        (B, 1, E*K'+N): the log relevance of a semantic query's class, 0 for an instance query."""
+        own_set, other_set = self.set_embed.weight
+        queries = torch.cat((semantic.queries.flatten(1, 2), queries), dim=1)
+        position = torch.cat((semantic.position.flatten(1, 2) + own_set,
+                              (position + other_set).expand(len(queries), -1, -1)), dim=1)
+        scales = semantic.queries.shape[1]
+        bias = F.pad(semantic.log_relevance.repeat(1, scales), (0, self.num_queries))
+        return queries, position, bias[:, None]
+
+    def _tokens(self, memory, mask_features):
+        """Per level: tokens (B, h*w, C), positions (h*w, C), and M at the level's size (B, Cm, h, w)."""
+        tokens, positions, small_masks = [], [], []
         for level, (x, project) in enumerate(zip(memory, self.input_proj)):
-            sizes.append(x.shape[-2:])
+            size = x.shape[-2:]
             tokens.append(project(x).flatten(2).transpose(1, 2) + self.level_embed.weight[level])
-            positions.append(sine_position(*sizes[-1], tokens[-1].shape[2], x.device).flatten(1).t())
-        return tokens, positions, sizes
+            positions.append(sine_position(*size, tokens[-1].shape[2], x.device).flatten(1).t())
+            with torch.no_grad():
+                small_masks.append(F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False))
+        return tokens, positions, small_masks
 
-    def _predict(self, queries, mask_features, text):
-        queries = self.decoder_norm(queries)
-        mask_logits = torch.einsum("bnc,bchw->bnhw", self.mask_embed(queries), mask_features)
-        return {"class_logits": self.class_embed(queries, text), "mask_logits": mask_logits}
+    @torch.no_grad()
+    def _visible(self, embed, mask_features, semantic=None):
+        """Where each query may look: inside its own mask, (B, Q, Cm) and (B, Cm, h, w) -> (B, Q, h*w) bool.
 
+        Resampling is linear, so masks are made at the size at which they are needed. Where a class may be is at first
+        said by its pixel-text scores (`semantic`), at all its E scales. A query with an empty mask looks everywhere.
+        """
+        inside = embed @ mask_features.flatten(2) >= 0
+        if semantic is not None and semantic.scores is not None:
+            scores = F.interpolate(semantic.scores, size=mask_features.shape[2:], mode="bilinear", align_corners=False)
+            first = (scores >= 0).flatten(2).repeat(1, semantic.queries.shape[1], 1)  # (B, E*K', h*w)
+            inside = torch.cat((first, inside[:, first.shape[1]:]), dim=1)
+        return inside | ~inside.any(dim=2, keepdim=True)
 
-@torch.no_grad()
-def _blocked(mask_logits, size):
-    """Where a query may not look: outside its own mask; a query with an empty mask looks everywhere.
-
-    (B, N, H, W) -> (B, N, h*w) bool.
-    """
-    outside = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False).flatten(2) < 0
-    return outside & ~outside.all(dim=2, keepdim=True)
+    def _predict(self, queries, embed, text, semantic):
+        """Predictions of normalised queries (B, Q, C) with mask embeddings (B, Q, Cm)."""
+        if semantic is None:
+            return QueryPredictions(self.class_embed(queries, text), embed)
+        grid = semantic.queries.shape[1:3]  # E, K'
+        split = queries.shape[1] - self.num_queries
+        presence = self.presence_embed(queries[:, :split])[..., 0].unflatten(1, grid)
+        return QueryPredictions(self.class_embed(queries[:, split:], text), embed[:, split:], presence,
+                                embed[:, :split].unflatten(1, grid))

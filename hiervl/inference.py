@@ -1,30 +1,76 @@
 """From queries to class probabilities per pixel, and the two ways to cover an image with them."""
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-class ClassScores(nn.Module):
-    """Evidence u_k(x) = w * sum_n softmax(class)_k * sigmoid(mask)(x), and p_k = u_k / (epsilon + sum_j u_j).
+@dataclass
+class Probabilities:
+    """What the network says of B images.
 
+    Attributes:
+        kept: (B, K', H, W) probabilities of the kept classes. index: (B, K'), their positions in the list of names.
+        num_classes: K. relevance: (B, K) of all names; pixel_text: (B, K', H/4, W/4), the pixel-text scores; both
+            None in a network without language modules.
+    """
+
+    kept: torch.Tensor
+    index: torch.Tensor
+    num_classes: int
+    relevance: torch.Tensor | None = None
+    pixel_text: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """(B, K, H, W): a class that was not kept has probability 0."""
+        return self.spread(self.kept)
+
+    def spread(self, maps: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """Maps (B, K', h, w) of the kept classes -> (B, K, h, w), `fill` for the others."""
+        index = self.index[..., None, None].expand_as(maps)
+        return maps.new_full((len(maps), self.num_classes, *maps.shape[2:]), fill).scatter(1, index, maps)
+
+
+class ClassScores(nn.Module):
+    """Evidence u_k(x) and probability p_k = u_k / (epsilon + sum_j u_j).
+
+    u_k = s_k * (w_s * mean_e g_ek * sigmoid(mask) + w_i * sum_n softmax(class)_k * sigmoid(mask)), with the relevance
+    s_k and the first term only where there are semantic queries. g_ek = 1 - (1 - presence)(1 - s_k): a class is taken
+    for absent only if its query and its relevance agree; presence alone loses small objects (docs/DECISIONS.md).
     w and epsilon are learnable and positive; epsilon is the evidence a pixel must gather before it can be sure.
     Without it the scores of a mask transformer are no probabilities, and no confidence threshold means anything.
     """
 
-    def __init__(self, epsilon: float = 0.03):
+    def __init__(self, epsilon: float = 0.03, semantic: bool = False):
         super().__init__()
+        self.semantic = semantic
         self.log_instance_weight = nn.Parameter(torch.zeros(()))
+        if semantic:
+            self.log_semantic_weight = nn.Parameter(torch.zeros(()))
         self.log_epsilon = nn.Parameter(torch.tensor(float(epsilon)).log())
 
     @property
     def epsilon(self) -> torch.Tensor:
         return self.log_epsilon.exp()
 
-    def forward(self, class_logits, mask_logits):
-        """class logits (..., N, K+1), mask logits (..., N, P) -> evidence (..., K, P)."""
+    def forward(self, class_logits, mask_logits, presence_logits=None, region_logits=None, relevance=None):
+        """
+        Args:
+            class_logits: (..., N, K+1). mask_logits: (..., N, P), at P places.
+            presence_logits: (..., E, K), region_logits: (..., E, K, P), of the semantic queries, or None.
+            relevance: (B, K), B being the last of the leading dimensions; or None, without semantic queries.
+        Returns:
+            evidence (..., K, P).
+        """
         classes = class_logits.float().softmax(-1)[..., :-1]
         evidence = torch.einsum("...nk,...np->...kp", classes, mask_logits.float().sigmoid())
-        return self.log_instance_weight.exp() * evidence
+        evidence = self.log_instance_weight.exp() * evidence
+        if region_logits is not None:
+            gate = 1 - (-presence_logits.float()).sigmoid() * (1 - relevance[:, None])  # (..., E, K)
+            weight = self.log_semantic_weight.exp() / gate.shape[-2]
+            evidence = evidence + torch.einsum("...ek,...ekp->...kp", weight * gate, region_logits.float().sigmoid())
+        return evidence if relevance is None else relevance[..., None] * evidence
 
     def normalize(self, evidence):
         """(B, K, H, W) evidence -> probabilities; they sum to less than 1 where evidence is thin."""

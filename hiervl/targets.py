@@ -2,11 +2,12 @@
 
 Labelled and pseudo-labelled images are the same kind of object; they differ in their weights only.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Targets:
         image_weight: (B,) float, 1 for labelled images, the kept share for pseudo-labelled ones, 0 for an image
             without a valid pixel.
         no_object_weight: (B,) float, how much an unmatched query counts.
+        present: (B, K) bool, classes with a valid pixel.
         unknown: (B, K) bool, classes that may hide in pixels that are not valid.
     """
 
@@ -30,62 +32,108 @@ class Targets:
     labels: list
     image_weight: torch.Tensor
     no_object_weight: torch.Tensor
+    present: torch.Tensor
     unknown: torch.Tensor
+
+    @property
+    def absent(self) -> torch.Tensor:
+        """(B, K) bool, classes known to be absent."""
+        return ~self.present & ~self.unknown
 
     @property
     def counts(self) -> list:
         """Number of segments of each image."""
         return [len(labels) for labels in self.labels]
 
+    def among(self, index: torch.Tensor, num_names: int) -> "Targets":
+        """The same targets in terms of kept classes.
+
+        Args:
+            index: (B, K'), each image's kept positions in a list of `num_names` names, of which the classes are the
+                first; it holds every class of the image. Names beyond the classes are known to be absent.
+        """
+        more = num_names - self.present.shape[1]
+        position = torch.full((len(index), num_names), -1, device=index.device)
+        position.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        sem_seg = position.gather(1, self.sem_seg.flatten(1)).view_as(self.sem_seg).clamp(min=0)
+        return replace(self, sem_seg=sem_seg, labels=[row[labels] for row, labels in zip(position, self.labels)],
+                       present=F.pad(self.present, (0, more)).gather(1, index),
+                       unknown=F.pad(self.unknown, (0, more)).gather(1, index))
+
 
 def build_targets(sem_seg, weight, num_classes, *, image_weight=None, unknown=None, segments="class_regions",
-                  min_area=64, max_segments=50) -> Targets:
+                  min_area=64, max_segments=50, instances=None, things=()) -> Targets:
     """
     Args:
         sem_seg: (B, H, W) int64; ids outside 0..K-1 are not valid.
         weight: (B, H, W) float validity.
         image_weight: (B,) kept share, or None for labelled images.
         unknown: (B, K) bool, or None when every class without a pixel is known to be absent.
-        segments: a key of SEGMENTS.
-        min_area, max_segments: of components, in pixels and per image.
+        segments: one of SEGMENTS. min_area: of components, in pixels. max_segments: of components or instances.
+        instances: (B, H, W) int64, numbers of single objects, 0 for none; for segments "instances", with
+        things: the ids of the classes whose objects are numbered.
     """
     batch = len(sem_seg)
     weight = weight * ((sem_seg >= 0) & (sem_seg < num_classes))
     sem_seg = sem_seg.clamp(0, num_classes - 1)
-    segment_map, labels = SEGMENTS[segments](sem_seg, weight > 0, num_classes, min_area, max_segments)
-    has_pixel = (weight > 0).flatten(1).any(dim=1).to(weight.dtype)
+    valid = weight > 0
+    present = torch.zeros(batch, num_classes, dtype=torch.long, device=sem_seg.device)
+    present = present.scatter_reduce_(1, sem_seg.flatten(1), valid.flatten(1).long(), "amax").bool()
+    if segments == "class_regions":
+        segment_map, labels = _class_regions(sem_seg, valid, present)
+    elif segments == "components":
+        segment_map, labels = _largest(sem_seg, valid, max_segments,
+                                       lambda b, classes: _components(classes, min_area))
+    else:
+        segment_map, labels = _largest(sem_seg, valid, max_segments,
+                                       lambda b, classes: _instances(classes, instances[b].cpu().numpy(), things))
+    has_pixel = valid.flatten(1).any(dim=1).to(weight.dtype)
     share = torch.ones_like(has_pixel) if image_weight is None else image_weight.to(weight.dtype)
     if unknown is None:
         unknown = torch.zeros(batch, num_classes, dtype=torch.bool, device=sem_seg.device)
-    return Targets(sem_seg, weight, segment_map, labels, share * has_pixel, share * has_pixel, unknown)
+    return Targets(sem_seg, weight, segment_map, labels, share * has_pixel, share * has_pixel, present, unknown)
 
 
-def _class_regions(sem_seg, valid, num_classes, min_area, max_segments):
+# What the instance queries are matched to.
+SEGMENTS = ("class_regions", "components", "instances")
+
+
+def _class_regions(sem_seg, valid, present):
     """One segment per class that has a valid pixel."""
-    batch = len(sem_seg)
-    present = torch.zeros(batch, num_classes, dtype=torch.long, device=sem_seg.device)
-    present.scatter_reduce_(1, sem_seg.flatten(1), valid.flatten(1).long(), "amax")  # (B, K)
-    index = present.cumsum(1) - 1
+    index = present.cumsum(1) - 1  # (B, K)
     segments = index.gather(1, sem_seg.flatten(1)).view_as(sem_seg)
     return torch.where(valid, segments, -1), [row.nonzero()[:, 0] for row in present]
 
 
-def _components(sem_seg, valid, num_classes, min_area, max_segments):
-    """Connected components of the class regions, largest first; smaller or surplus ones belong to no segment."""
+def _largest(sem_seg, valid, max_segments, find):
+    """The largest segments of each image; smaller and surplus ones are unknown.
+
+    find: (image's number, its classes (H, W), -1 where not valid) -> list of (class, mask (H, W) bool).
+    """
     segment_map, labels = torch.full_like(sem_seg, -1), []
     for b in range(len(sem_seg)):
-        classes = torch.where(valid[b], sem_seg[b], -1).cpu().numpy()
-        found = []
-        for k in np.unique(classes[classes >= 0]):
-            _, parts, stats, _ = cv2.connectedComponentsWithStats((classes == k).astype(np.uint8), connectivity=8)
-            found += [(stats[i, cv2.CC_STAT_AREA], int(k), parts == i) for i in range(1, len(stats))
-                      if stats[i, cv2.CC_STAT_AREA] >= min_area]
-        found = sorted(found, key=lambda part: -part[0])[:max_segments]
-        for index, (_, _, mask) in enumerate(found):
+        found = find(b, torch.where(valid[b], sem_seg[b], -1).cpu().numpy())
+        found = sorted(found, key=lambda segment: -segment[1].sum())[:max_segments]
+        for index, (_, mask) in enumerate(found):
             segment_map[b][torch.from_numpy(mask).to(sem_seg.device)] = index
-        labels.append(torch.tensor([k for _, k, _ in found], dtype=torch.long, device=sem_seg.device))
+        labels.append(torch.tensor([k for k, _ in found], dtype=torch.long, device=sem_seg.device))
     return segment_map, labels
 
 
-# What the instance queries are matched to, by the name that the config uses.
-SEGMENTS = {"class_regions": _class_regions, "components": _components}
+def _components(classes, min_area):
+    """Connected components of the class regions, of at least min_area pixels."""
+    found = []
+    for k in np.unique(classes[classes >= 0]):
+        _, parts, stats, _ = cv2.connectedComponentsWithStats((classes == k).astype(np.uint8), connectivity=8)
+        found += [(int(k), parts == i) for i in range(1, len(stats)) if stats[i, cv2.CC_STAT_AREA] >= min_area]
+    return found
+
+
+def _instances(classes, numbers, things):
+    """True objects, and the regions of the classes that have none. A thing's pixel without a number is unknown."""
+    # Objects are told apart by class too: a number may be used again for another class.
+    single = (numbers > 0) & (classes >= 0)
+    found = [(int(k), single & (classes == k) & (numbers == n))
+             for k, n in np.unique(np.stack((classes[single], numbers[single])), axis=1).T]
+    stuff = np.setdiff1d(np.unique(classes[classes >= 0]), things)
+    return found + [(int(k), (classes == k) & ~single) for k in stuff if ((classes == k) & ~single).any()]

@@ -2,11 +2,13 @@
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from detectron2.modeling import build_model
 
 from hiervl import meta_arch
+from hiervl.backbones import clip_model
 from hiervl.config import load_config
 from hiervl.data.datasets import table_of
 from hiervl.data.prepare.published import known_hashes
@@ -67,19 +69,48 @@ def text_on_cpu(cfg, names):
         return ClassText(cfg, names)
 
 
-def test_the_models_are_built_and_differ_in_their_text_alone(tmp_path, monkeypatch):
-    """On the meta device: no memory, no weights. With names as text, nothing grows with the number of classes."""
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """``build(config, *overrides)``: the network on the meta device, without weights; names have random embeddings."""
     monkeypatch.setattr(meta_arch, "ClassText", text_on_cpu)
-    sizes = set()
-    for name, (_, _, splits) in PROTOCOL.items():
-        classes = table_of(f"{name}_train").classes
+    clip = open_clip.create_model  # a model without weights instead of a download
+    monkeypatch.setattr(clip_model, "load_clip", lambda name, pretrained, key: clip(f"{name}-quickgelu", device="meta"))
+
+    def make(config):
+        cfg = load_config(str(CONFIGS / f"{config}.yaml"), [])
+        classes = table_of(cfg.DATASETS.TRAIN[0]).classes
         np.savez(tmp_path / "e.npz", names=np.array(classes), embeddings=np.eye(len(classes), 512, dtype=np.float32))
-        cfg = load_config(str(CONFIGS / f"{name}_{min(splits)}.yaml"),
-                          ["MODEL.DEVICE", "meta", "MODEL.TEXT.EMBEDDINGS", str(tmp_path / "e.npz")])
+        cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.TEXT.EMBEDDINGS", str(tmp_path / "e.npz"),
+                             "MODEL.BACKBONE.TIMM.PRETRAINED", False])
         with torch.device("meta"):
             model = build_model(cfg)
         assert model.num_classes == len(classes) and model.test_mode == "sliding"
-        # ResNet-50's convolutions: its norms are frozen, its classifier is gone.
-        assert sum(p.numel() for p in model.backbone.parameters()) == 23_454_912
-        sizes.add(sum(p.numel() for p in model.parameters()))
-    assert len(sizes) == 1 and 40e6 < sizes.pop() < 60e6
+        return model
+    return make
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("variant, backbone", [
+    # ResNet-50's convolutions: its norms are frozen, its classifier is gone.
+    ("_r50", 23_454_912), ("_dinov2", None), ("", None)])
+def test_the_models_are_built_and_differ_in_their_text_alone(build, variant, backbone):
+    """With names as text, no weight grows with the number of classes."""
+    models = [build(f"{name}_{min(splits)}{variant}") for name, (_, _, splits) in PROTOCOL.items()]
+    assert len({count(m) for m in models}) == 1
+    if backbone:
+        assert count(models[0].backbone) == backbone
+    else:
+        assert 80e6 < count(models[0].backbone) < 95e6  # ViT-B has 86 million, the feature pyramid a few
+
+
+@pytest.mark.parametrize("name, labelled", [(name, min(splits)) for name, (_, _, splits) in PROTOCOL.items()])
+def test_variants_differ_in_their_backbone_and_crop(name, labelled):
+    plain, r50, dino = (load_config(str(CONFIGS / f"{name}_{labelled}{v}.yaml"), []) for v in ("", "_r50", "_dinov2"))
+    assert {cfg.SOLVER.MAX_ITER for cfg in (plain, r50, dino)} == {plain.SOLVER.MAX_ITER}
+    assert {cfg.DATASETS.SPLIT for cfg in (plain, r50, dino)} == {plain.DATASETS.SPLIT}
+    assert r50.INPUT.CROP_SIZE == plain.INPUT.CROP_SIZE and dino.INPUT.CROP_SIZE[0] % 14 == 0
+    assert len({cfg.OUTPUT_DIR for cfg in (plain, r50, dino)}) == 3
+    assert plain.MODEL.TEXT.EMBEDDINGS == ""  # the text tower's

@@ -2,25 +2,32 @@
 import pytest
 import torch
 
-from hiervl.criterion import Criterion
+from hiervl.criterion import Criterion, balanced_presence_loss
+from hiervl.dual_query_decoder import QueryPredictions
 from hiervl.inference import ClassScores
 from hiervl.matcher import HungarianMatcher
-from hiervl.points import draw_valid_points, pixel_centers, sample_maps
+from hiervl.points import SharedPoints, draw_valid_points, pixel_centers, sample_maps
 from hiervl.targets import build_targets
 
-K, N, SIZE, GRID = 4, 6, 32, 8
+K, N, E, SIZE, GRID, DIM = 4, 6, 3, 32, 8, 12
 
 
 def make_criterion(**changes):
     options = {"class_weight": 2.0, "mask_weight": 5.0, "dice_weight": 5.0, "pixel_weight": 2.0,
-               "no_object_weight": 0.1, "num_points": 200, "oversample_ratio": 3.0, "importance_ratio": 0.75,
-               "deep_supervision": True, **changes}
+               "presence_weight": 2.0, "no_object_weight": 0.1, "num_points": 200, "oversample_ratio": 3.0,
+               "importance_ratio": 0.75, "deep_supervision": True, **changes}
     return Criterion(matcher=HungarianMatcher(2.0, 5.0, 5.0), **options)
 
 
-def make_predictions(batch=2, layers=2, classes=K):
-    return [{"class_logits": torch.randn(batch, N, classes + 1, requires_grad=True),
-             "mask_logits": torch.randn(batch, N, GRID, GRID, requires_grad=True)} for _ in range(layers)]
+def make_predictions(batch=2, layers=2, classes=K, semantic=False):
+    """Predictions of every layer, and mask features (B, Cm, h, w)."""
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    both = {"presence_logits": (batch, E, classes), "region_embed": (batch, E, classes, DIM)} if semantic else {}
+    predictions = [QueryPredictions(leaf(batch, N, classes + 1), leaf(batch, N, DIM),
+                                    **{name: leaf(*shape) for name, shape in both.items()}) for _ in range(layers)]
+    return predictions, leaf(batch, DIM, GRID, GRID)
 
 
 def blocks(batch=2):
@@ -29,14 +36,36 @@ def blocks(batch=2):
     return quadrant.expand(batch, -1, -1).clone()
 
 
-def total(criterion, predictions, targets, scores=None):
-    return sum(criterion(predictions, targets, scores or ClassScores()).values())
+def losses_of(criterion, predictions, targets, normalizers=None):
+    relevance = None
+    layers, features = predictions
+    points = SharedPoints.draw(targets, criterion.num_candidates)
+    scores = ClassScores(semantic=layers[0].region_embed is not None)
+    if scores.semantic:
+        relevance = torch.full(targets.present.shape, 0.8)
+    return criterion(layers, features, targets, points, scores, normalizers or criterion.normalizers(targets, N),
+                     relevance)
 
 
-def test_logits_without_valid_support_get_exactly_zero_gradient():
+def total(criterion, predictions, targets):
+    return sum(losses_of(criterion, predictions, targets).values())
+
+
+def gradients(predictions):
+    """All gradients of a set of predictions, by name."""
+    layers, features = predictions
+    named = [(name, value) for layer in layers for name, value in vars(layer).items() if value is not None]
+    return [(name, value.grad) for name, value in [*named, ("mask_features", features)]]
+
+
+semantic = pytest.mark.parametrize("semantic", [False, True])
+
+
+@semantic
+def test_places_without_valid_support_get_exactly_zero_gradient(semantic):
     weight = torch.zeros(2, SIZE, SIZE)
     weight[:, :13, :10] = 1  # not aligned with the grid of mask logits
-    predictions = make_predictions()
+    predictions = make_predictions(semantic=semantic)
     total(make_criterion(), predictions, build_targets(blocks(), weight, K)).backward()
 
     # Bilinear support by brute force: the grid cells that any valid pixel centre touches.
@@ -45,34 +74,35 @@ def test_logits_without_valid_support_get_exactly_zero_gradient():
     sample_maps(touched, every_pixel).sum().backward()
     outside = touched.grad[0, 0] == 0
     assert outside.any() and not outside.all()
-    for prediction in predictions:
-        gradient = prediction["mask_logits"].grad
-        assert (gradient[..., outside] == 0).all()
-        assert (gradient[..., ~outside] != 0).any()
+    gradient = predictions[1].grad
+    assert (gradient[..., outside] == 0).all()
+    assert (gradient[..., ~outside] != 0).any()
 
 
+@semantic
 @pytest.mark.parametrize("ignored", ["weight", "label"])
-def test_an_image_without_valid_pixel_contributes_nothing(ignored):
+def test_an_image_without_valid_pixel_contributes_nothing(ignored, semantic):
     sem_seg, weight = blocks(), torch.ones(2, SIZE, SIZE)
     if ignored == "weight":
         weight[1] = 0
     else:
         sem_seg[1] = 255
-    predictions = make_predictions()
+    predictions = make_predictions(semantic=semantic)
     loss = total(make_criterion(), predictions, build_targets(sem_seg, weight, K))
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
-    for prediction in predictions:
-        assert (prediction["mask_logits"].grad[1] == 0).all()
-        assert (prediction["class_logits"].grad[1] == 0).all()
+    for name, gradient in gradients(predictions):
+        assert (gradient[1] == 0).all(), name
+        assert (gradient[0] != 0).any(), name
 
 
-def test_a_batch_without_any_valid_pixel_gives_zero_loss_in_the_graph():
-    predictions = make_predictions()
+@semantic
+def test_a_batch_without_any_valid_pixel_gives_zero_loss_in_the_graph(semantic):
+    predictions = make_predictions(semantic=semantic)
     loss = total(make_criterion(), predictions, build_targets(blocks(), torch.zeros(2, SIZE, SIZE), K))
     loss.backward()
     assert loss == 0
-    assert all((p["mask_logits"].grad == 0).all() for p in predictions)
+    assert all((gradient == 0).all() for _, gradient in gradients(predictions))
 
 
 def test_a_class_that_may_hide_gets_no_target():
@@ -85,77 +115,129 @@ def test_a_class_that_may_hide_gets_no_target():
     criterion = make_criterion(pixel_weight=0.0, mask_weight=0.0, dice_weight=0.0)
     targets = build_targets(sem_seg, weight, K, image_weight=torch.full((2,), 0.75), unknown=unknown)
     total(criterion, predictions, targets).backward()
-    gradient = predictions[0]["class_logits"].grad[..., 3]
+    gradient = predictions[0][0].class_logits.grad[..., 3]
     matched = 3  # classes 0, 1, 2 have a segment; a matched query knows that it is not class 3
     assert (gradient[0] == 0).sum() == N - matched
     assert (gradient[1] != 0).all()
 
 
-def test_image_weight_scales_an_images_losses():
+def test_semantic_queries_of_a_class_that_may_hide_get_no_target():
+    sem_seg, weight = blocks(), torch.ones(2, SIZE, SIZE)
+    weight[sem_seg == 3] = 0
+    unknown = torch.zeros(2, K, dtype=torch.bool)
+    unknown[0, 3] = True
+    predictions = make_predictions(layers=1, semantic=True)
+    criterion = make_criterion(pixel_weight=0.0)
+    targets = build_targets(sem_seg, weight, K, image_weight=torch.full((2,), 0.75), unknown=unknown)
+    total(criterion, predictions, targets).backward()
+    layer = predictions[0][0]
+    for gradient in (layer.presence_logits.grad, layer.region_embed.grad.abs().sum(-1)):  # (B, E, K)
+        assert (gradient[0, :, 3] == 0).all()  # it may hide in image 0
+        assert (gradient[1] != 0).all()  # and is known to be absent in image 1
+
+
+def test_absent_classes_are_pushed_down_and_present_ones_up():
+    sem_seg = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+    predictions = make_predictions(batch=1, layers=1, semantic=True)
+    total(make_criterion(pixel_weight=0.0), predictions,
+          build_targets(sem_seg, torch.ones(1, SIZE, SIZE), K)).backward()
+    gradient = predictions[0][0].presence_logits.grad[0]
+    assert (gradient[:, 0] < 0).all() and (gradient[:, 1:] > 0).all()
+
+
+def test_balanced_presence_counts_both_sides_alike():
+    logits = torch.zeros(1, 5)
+    present, absent = torch.tensor([[1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 1, 1, 1, 0]]).bool()
+    torch.testing.assert_close(balanced_presence_loss(logits, present, absent), torch.tensor([2.0]).log())
+    surer = logits.index_fill(1, torch.tensor([4]), 9.0)  # in neither
+    torch.testing.assert_close(balanced_presence_loss(surer, present, absent), torch.tensor([2.0]).log())
+
+
+@semantic
+def test_image_weight_scales_an_images_losses(semantic):
     sem_seg, weight = blocks(1), torch.ones(1, SIZE, SIZE)
     losses = []
     for share in (1.0, 0.25):
         torch.manual_seed(0)
-        predictions = make_predictions(batch=1)
+        predictions = make_predictions(batch=1, semantic=semantic)
         targets = build_targets(sem_seg, weight, K, image_weight=torch.tensor([share]))
-        losses.append(make_criterion(class_weight=0.0)(predictions, targets, ClassScores()))
-    for name in ("loss_mask", "loss_dice", "loss_pixel"):
+        losses.append(losses_of(make_criterion(class_weight=0.0), predictions, targets))
+    for name in losses[0].keys() - {"loss_class"}:
         torch.testing.assert_close(losses[1][name], 0.25 * losses[0][name])
 
 
 def test_non_finite_costs_are_never_matched():
-    predictions = make_predictions(batch=1, layers=1)
-    with torch.no_grad():
-        predictions[0]["mask_logits"][0, 2] = float("nan")
-        predictions[0]["class_logits"][0, 4, 1] = float("inf")
-    targets = build_targets(blocks(1), torch.ones(1, SIZE, SIZE), K)
-    index = draw_valid_points(targets.weight, 100)
-    values = sample_maps(predictions[0]["mask_logits"], pixel_centers(index, SIZE, SIZE))[None]
-    matched = make_criterion().matcher(predictions[0]["class_logits"][None], values,
-                                       targets.segments.flatten(1).gather(1, index), torch.ones(1, 100),
-                                       targets.labels)
+    masks, classes = torch.randn(1, 1, N, 100), torch.randn(1, 1, N, K + 1)
+    masks[0, 0, 2] = float("nan")
+    classes[0, 0, 4, 1] = float("inf")
+    points = SharedPoints.draw(build_targets(blocks(1), torch.ones(1, SIZE, SIZE), K), 100)
+    matched = make_criterion().matcher(classes, masks, points.segment, points.weight, [torch.arange(K)])
     assert set(matched[2].tolist()) <= {0, 1, 3, 5} and len(matched[2]) == 4
 
 
-def test_one_class():
+@semantic
+def test_one_class(semantic):
     sem_seg = torch.zeros(2, SIZE, SIZE, dtype=torch.long)
-    predictions = make_predictions(classes=1)
+    predictions = make_predictions(classes=1, semantic=semantic)
     loss = total(make_criterion(), predictions, build_targets(sem_seg, torch.ones(2, SIZE, SIZE), 1))
     loss.backward()
     assert torch.isfinite(loss)
 
 
 def test_losses_do_not_depend_on_the_order_of_classes():
+    """Kept classes stand in an order of their own: targets in terms of them give the same losses."""
     order = torch.tensor([2, 0, 3, 1])
-    sem_seg = blocks()
     losses = []
     for permute in (False, True):
         torch.manual_seed(0)
-        predictions = make_predictions()
-        labels = sem_seg
+        (layers, features), targets = make_predictions(semantic=True), build_targets(blocks(),
+                                                                                     torch.ones(2, SIZE, SIZE), K)
         if permute:
-            labels = order.argsort()[sem_seg]
             columns = torch.cat((order, torch.tensor([K])))
-            predictions = [{**p, "class_logits": p["class_logits"][..., columns]} for p in predictions]
-        losses.append(make_criterion(importance_ratio=0.0)(predictions, build_targets(
-            labels, torch.ones(2, SIZE, SIZE), K), ClassScores()))
+            layers = [QueryPredictions(p.class_logits[..., columns], p.mask_embed, p.presence_logits[..., order],
+                                       p.region_embed[:, :, order]) for p in layers]
+            targets = targets.among(order.expand(2, -1), K)
+        losses.append(losses_of(make_criterion(importance_ratio=1.0), (layers, features), targets))
     torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_targets_among_kept_names():
+    """Of six names the first four are classes; 3 is unknown, 4 and 5 are distractors: absent for certain."""
+    sem_seg = torch.zeros(1, 4, 4, dtype=torch.long)
+    sem_seg[0, 0] = 2
+    targets = build_targets(sem_seg, torch.ones(1, 4, 4), 4, unknown=torch.tensor([[False, False, False, True]]))
+    kept = targets.among(torch.tensor([[5, 2, 3, 0]]), 6)
+    assert kept.sem_seg[0, 0].unique().item() == 1 and kept.sem_seg[0, 1:].unique().item() == 3
+    assert kept.present.tolist() == [[False, True, False, True]]
+    assert kept.absent.tolist() == [[True, False, False, False]]
+    assert kept.labels[0].tolist() == [3, 1]
+    assert (kept.segments == targets.segments).all()
 
 
 def test_micro_batches_add_up():
     """With shared denominators, the losses of the parts sum to those of the whole."""
-    criterion, scores = make_criterion(num_points=10_000, importance_ratio=0.0), ClassScores()
-    predictions, sem_seg, weight = make_predictions(batch=4), blocks(4), torch.ones(4, SIZE, SIZE)
+    criterion = make_criterion(num_points=10_000, oversample_ratio=1.0, importance_ratio=0.0)
+    (layers, features), sem_seg, weight = make_predictions(batch=4, semantic=True), blocks(4), \
+        torch.ones(4, SIZE, SIZE)
     weight[2, :, :20] = 0
     whole_targets = build_targets(sem_seg, weight, K)
-    whole = criterion(predictions, whole_targets, scores)
-    parts = []
-    normalizers = criterion.normalizers(whole_targets, N)
+    whole = losses_of(criterion, (layers, features), whole_targets)
+    normalizers, parts = criterion.normalizers(whole_targets, N), []
     for rows in (slice(0, 2), slice(2, 4)):
-        own = [{name: value[rows] for name, value in p.items()} for p in predictions]
-        parts.append(criterion(own, build_targets(sem_seg[rows], weight[rows], K), scores, normalizers))
+        own = [p[rows] for p in layers], features[rows]
+        parts.append(losses_of(criterion, own, build_targets(sem_seg[rows], weight[rows], K), normalizers))
     for name, value in whole.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=0.04, atol=0)
+
+
+def test_sample_maps_is_grid_sample_with_clamped_borders():
+    maps, points = torch.randn(2, 5, 7, 9, requires_grad=True), torch.rand(2, 40, 2) * 2.2 - 1.1
+    expected = torch.nn.functional.grid_sample(maps, points[:, :, None], padding_mode="border",
+                                               align_corners=False).squeeze(3).transpose(1, 2)
+    own = sample_maps(maps, points)
+    torch.testing.assert_close(own, expected)
+    weight = torch.randn_like(own)
+    torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), maps)[0] for x in (own, expected)))
 
 
 def test_points_are_drawn_uniformly_from_valid_pixels():
@@ -180,3 +262,18 @@ def test_components():
     assert targets.segments[0, 5, 5] != targets.segments[0, 25, 25]
     whole = build_targets(sem_seg, torch.ones(1, SIZE, SIZE), 2)
     assert whole.labels[0].tolist() == [0, 1]
+
+
+def test_instances():
+    """Things are single objects, stuff a region, and a thing's pixel without a number is unknown."""
+    sem_seg = torch.zeros(1, 8, 8, dtype=torch.long)  # class 0 is stuff, 1 and 2 are things
+    sem_seg[0, :2, :4], sem_seg[0, 4:, 4:], sem_seg[0, 7, 0] = 1, 2, 1
+    numbers = torch.zeros_like(sem_seg)
+    numbers[0, :2, :2], numbers[0, :2, 2:4], numbers[0, 4:, 4:] = 1, 2, 2  # 2 is used for two classes
+    targets = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2))
+    assert targets.labels[0].tolist() == [0, 2, 1, 1]  # largest first
+    assert targets.segments[0, 0].tolist() == [2, 2, 3, 3, 0, 0, 0, 0]
+    assert targets.segments[0, 7, 0] == -1 and (targets.segments[0, 4:, 4:] == 1).all()
+    few = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2),
+                        max_segments=1)
+    assert few.labels[0].tolist() == [0] and (few.segments[0, 4:, 4:] == -1).all()

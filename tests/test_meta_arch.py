@@ -3,51 +3,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hiervl.backbones import TimmBackbone
-from hiervl.classifier import LinearClassifier, TextClassifier
-from hiervl.criterion import Criterion
-from hiervl.dual_query_decoder import QueryDecoder
-from hiervl.matcher import HungarianMatcher
-from hiervl.meta_arch import HierVL
-from hiervl.pixel_decoder import PixelDecoder
-from hiervl.text import ClassText
+from hiervl.errors import UserError
 
-DIM = 32
+from .networks import make_network, pseudo_input, training_input
+
+kinds = pytest.mark.parametrize("kind", ["text", "hiervl"])
 
 
-def make_network(classes=4, classifier="text", embeddings=None, **changes):
-    torch.manual_seed(0)
-    backbone = TimmBackbone(name="lcnet_050")
-    text = ClassText(torch.randn(classes, 16) if embeddings is None else embeddings) if classifier == "text" else None
-    head = TextClassifier(DIM, 16) if classifier == "text" else LinearClassifier(DIM, classes)
-    options = {"backbone": backbone, "text": text, "class_names": [f"class {k}" for k in range(classes)],
-               "pixel_decoder": PixelDecoder(backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1,
-                                             num_heads=4, num_points=2, feedforward_dim=32),
-               "decoder": QueryDecoder(memory_dim=DIM, mask_dim=DIM, hidden_dim=DIM, num_queries=6, num_heads=4,
-                                       num_layers=3, feedforward_dim=32, classifier=head),
-               "criterion": Criterion(matcher=HungarianMatcher(2.0, 5.0, 5.0), class_weight=2.0, mask_weight=5.0,
-                                      dice_weight=5.0, pixel_weight=2.0, no_object_weight=0.1, num_points=100,
-                                      oversample_ratio=3.0, importance_ratio=0.75, deep_supervision=True),
-               "pixel_mean": [120.0] * 3, "pixel_std": [60.0] * 3, "size_divisibility": 32,
-               "segments": "class_regions", "min_area": 4, "test_mode": "whole", "window": (64, 64),
-               "stride": (48, 48), **changes}
-    return HierVL(**options)
-
-
-def training_input(size=64, classes=4, **extra):
-    return {"image": torch.randint(0, 256, (3, size, size), dtype=torch.uint8),
-            "sem_seg": torch.randint(0, classes, (size, size)), **extra}
-
-
-def pseudo_input(classes=4, share=0.5):
-    return training_input(weight=torch.ones(64, 64), pseudo=True, image_weight=torch.tensor(share),
-                          unknown=torch.zeros(classes, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("classifier", ["text", "linear"])
+@pytest.mark.parametrize("kind", ["linear", "text", "hiervl"])
 @pytest.mark.parametrize("size", [(64, 64), (45, 71), (33, 128)])
-def test_inference_gives_probabilities_at_the_wanted_size(classifier, size):
-    network = make_network(classifier=classifier).eval()
+def test_inference_gives_probabilities_at_the_wanted_size(kind, size):
+    network = make_network(kind=kind).eval()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     plain, resized = network([{"image": image}, {"image": image, "height": 50, "width": 40}])
     assert plain["sem_seg"].shape == (4, *size) and resized["sem_seg"].shape == (4, 50, 40)
@@ -55,37 +21,51 @@ def test_inference_gives_probabilities_at_the_wanted_size(classifier, size):
     assert (plain["sem_seg"] >= 0).all() and (total > 0).all() and (total < 1).all()
 
 
-def test_training_gives_losses_of_both_kinds_and_gradients_everywhere():
-    network = make_network().train()
-    losses = network([training_input(), pseudo_input(), training_input()])
-    assert set(losses) == {f"loss_{u}{n}" for u in ("", "u_") for n in ("class", "mask", "dice", "pixel")}
+@kinds
+def test_training_gives_losses_of_both_kinds_and_gradients_everywhere(kind):
+    network = make_network(kind=kind).train()
+    if kind == "hiervl":
+        network.text.adapter.gamma.data.fill_(0.1)  # at 0, the adapter's layers get no gradient
+    losses = network([training_input(), pseudo_input(teacher=True), training_input()])
+    names = {"class", "mask", "dice", "pixel"}
+    if kind == "hiervl":
+        names |= {"presence", "region", "region_dice", "vision_language", "relevance"}
+    both = {f"loss_{u}{name}" for u in ("", "u_") for name in names}
+    assert both <= set(losses)
+    extra = {"loss_language", "loss_diversity", "loss_contrastive", "loss_vision", "loss_u_consistency"}
+    assert set(losses) - both == (extra if kind == "hiervl" else set())
+    assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()
     without = [name for name, p in network.named_parameters() if p.grad is None]
     assert not without
 
 
-def test_only_labelled_or_only_pseudo_labelled_images():
-    network = make_network().train()
+@kinds
+def test_only_labelled_or_only_pseudo_labelled_images(kind):
+    network = make_network(kind=kind).train()
     assert all(not name.startswith("loss_u_") for name in network([training_input()]))
-    assert all(name.startswith("loss_u_") for name in network([pseudo_input()]))
+    assert all(name.startswith("loss_u_") for name in network([pseudo_input(teacher=True)]))
 
 
-def test_text_classifier_has_no_weight_with_a_class_dimension():
-    few, many = make_network(classes=4), make_network(classes=9)
+@kinds
+def test_no_weight_has_a_class_dimension(kind):
+    few, many = make_network(classes=4, kind=kind), make_network(classes=9, kind=kind)
     assert {k: v.shape for k, v in few.state_dict().items()} == {k: v.shape for k, v in many.state_dict().items()}
 
 
-def test_permuting_the_classes_permutes_the_output():
+@kinds
+def test_permuting_the_classes_permutes_the_output(kind):
     embeddings, order = torch.randn(4, 16), torch.tensor([2, 0, 3, 1])
-    first = make_network(embeddings=embeddings).eval()
-    second = make_network(embeddings=embeddings[order]).eval()
+    first = make_network(embeddings=embeddings, kind=kind).eval()
+    second = make_network(embeddings=embeddings[order], kind=kind).eval()
     second.load_state_dict(first.state_dict())
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     torch.testing.assert_close(first(image)[0]["sem_seg"][order], second(image)[0]["sem_seg"])
 
 
-def test_one_class_trains_and_predicts():
-    network = make_network(classes=1)
+@kinds
+def test_one_class_trains_and_predicts(kind):
+    network = make_network(classes=1, kind=kind)
     losses = network.train()([training_input(classes=1)])
     assert all(torch.isfinite(value) for value in losses.values())
     assert network.eval()([training_input()])[0]["sem_seg"].shape == (1, 64, 64)
@@ -100,38 +80,102 @@ def test_a_window_as_large_as_the_image_is_the_whole_image():
     assert smaller.shape == whole.shape and torch.isfinite(smaller).all()
 
 
-def test_evidence_is_what_mask2former_computes_at_full_size_up_to_interpolation():
+@kinds
+def test_evidence_is_what_mask2former_computes_at_full_size_up_to_interpolation(kind):
     """Summing over queries before upsampling gives the labels of upsampling every query's mask first."""
-    network = make_network().eval()
+    network = make_network(kind=kind).eval()
+    network.may_cut = False
     images = torch.rand(1, 3, 64, 64) * 255
     with torch.no_grad():
-        own = network.predict(images).argmax(1)
-        last = network.predict_queries(images)[-1]
-        masks = F.interpolate(last["mask_logits"], size=(64, 64), mode="bilinear", align_corners=False).sigmoid()
-        full = torch.einsum("bnk,bnhw->bkhw", last["class_logits"].softmax(-1)[..., :-1], masks).argmax(1)
-    assert (own == full).float().mean() > 0.95
+        own = network.predict(images).dense().argmax(1)
+        output = network.encode(network.preprocess(images), names=network.text())
+        last, features = output.layers[-1], output.mask_features
+
+        def full(masks):
+            return F.interpolate(masks, size=(64, 64), mode="bilinear", align_corners=False).sigmoid()
+
+        expected = torch.einsum("bnk,bnhw->bkhw", last.class_logits.softmax(-1)[..., :-1], full(last.masks(features)))
+        if kind == "hiervl":
+            regions = full(last.regions(features).flatten(1, 2)).unflatten(1, last.presence_logits.shape[1:])
+            gate = 1 - (1 - last.presence_logits.sigmoid()) * (1 - output.kept.relevance[:, None])
+            semantic = torch.einsum("bek,bekhw->bkhw", gate, regions) / 3
+            expected = (expected + semantic) * output.kept.relevance[..., None, None]
+    assert (own == expected.argmax(1)).float().mean() > 0.95
 
 
 def test_feature_dropout_drops_whole_channels_of_its_image_only():
     network = make_network().train()
     seen = {}
     network.pixel_decoder.register_forward_pre_hook(lambda module, args: seen.update(args[0]))
-    images = torch.rand(2, 3, 64, 64) * 255
+    images = network.preprocess(torch.rand(2, 3, 64, 64) * 255)
     network.backbone.eval()
-    network.predict_queries(images)
+    network.encode(images, names=network.text())
     plain = dict(seen)
-    network.predict_queries(images, [0.0, 0.5])
+    network.encode(images, [0.0, 0.5], network.text())
     for name, value in seen.items():
         torch.testing.assert_close(value[0], plain[name][0])
         dropped = (value[1] == 0).flatten(1).all(1) & (plain[name][1] != 0).flatten(1).any(1)
         assert dropped.any() and not dropped.all()
 
 
-def test_bfloat16_autocast_stays_close():
-    network = make_network().eval()
+@kinds
+def test_bfloat16_autocast_stays_close(kind):
+    network = make_network(kind=kind).eval()
+    network.may_cut = False
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     full = network(image)[0]["sem_seg"]
     with torch.autocast("cpu", torch.bfloat16):
         half = network(image)[0]["sem_seg"]
     assert torch.isfinite(half).all()
     assert (half.float() - full).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast_has_finite_losses_and_gradients(dtype):
+    network = make_network(kind="hiervl").train()
+    with torch.autocast("cpu", dtype):
+        losses = network([training_input(), pseudo_input(teacher=True)])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_other_classes_need_no_other_weights():
+    network = make_network(kind="hiervl").eval()
+    image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plain, order = network(image)[0]["sem_seg"], [2, 0, 3, 1]
+    network.set_classes([f"class {k}" for k in order])
+    torch.testing.assert_close(network(image)[0]["sem_seg"], plain[order])
+    network.set_classes(["class 1"])
+    assert network(image)[0]["sem_seg"].shape == (1, 64, 64)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with pytest.raises(UserError, match="given twice"):
+        network.set_classes(["class 1", "class 1"])
+    with pytest.raises(UserError, match="fixed"):
+        make_network(kind="linear").set_classes(["class 1"])
+
+
+def test_a_name_unseen_in_training_is_never_cut():
+    network = make_network(classes=6, kind="hiervl").eval()
+    network.query_generator.min_relevance = 1.0  # cuts every name that may be cut, but for the best one
+    image = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        assert network.predict(image).index.shape == (1, 1)
+        network.trained_names = frozenset(["class 0", "class 1"])
+        assert {2, 3, 4, 5} <= set(network.predict(image).index[0].tolist())
+        network.may_cut = False
+        assert network.predict(image).index.shape == (1, 6)
+
+
+def test_kept_only_gives_the_kept_classes_and_which_they_are():
+    network = make_network(classes=9, kind="hiervl", keep=3).eval()
+    network.may_cut = False
+    image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
+    dense = network(image)[0]["sem_seg"]
+    network.kept_only = True
+    kept = network(image)[0]
+    assert kept["sem_seg"].shape == (3, 64, 64)
+    torch.testing.assert_close(kept["sem_seg"], dense[kept["classes"]])
+    others = sorted(set(range(9)) - set(kept["classes"].tolist()))
+    assert (dense[others] == 0).all()

@@ -58,8 +58,8 @@ def test_decoder_every_output(reference, settings):
         own = network(reference["multi_scale_features"], reference["mask_features"], None)
     expected = [*reference["aux_outputs"], {k: reference[k] for k in ("pred_logits", "pred_masks")}]
     for prediction, target in zip(own, expected, strict=True):
-        torch.testing.assert_close(prediction["class_logits"], target["pred_logits"], **TOLERANCE)
-        torch.testing.assert_close(prediction["mask_logits"], target["pred_masks"], **TOLERANCE)
+        torch.testing.assert_close(prediction.class_logits, target["pred_logits"], **TOLERANCE)
+        torch.testing.assert_close(prediction.masks(reference["mask_features"]), target["pred_masks"], **TOLERANCE)
 
 
 def test_semantic_inference(reference):

@@ -1,6 +1,6 @@
 """The command line: a user's mistake ends in one line that names the file or key and the way out."""
 import pytest
-from detectron2.engine import default_argument_parser
+from detectron2.data import MetadataCatalog
 
 import train_net
 from hiervl.data.shapes import generate
@@ -21,7 +21,7 @@ def root(tmp_path, monkeypatch):
 
 def call(root, *overrides, flags=()):
     output = ["OUTPUT_DIR", str(root.parent / "run")]
-    return train_net.main(default_argument_parser().parse_args(
+    return train_net.main(train_net.parser().parse_args(
         ["--config-file", "configs/shapes_supervised.yaml", *flags, *TINY, *output, *overrides]))
 
 
@@ -40,6 +40,17 @@ def test_train_resume_and_evaluate(root):
     assert call(root, "SOLVER.MAX_ITER", "3", flags=["--resume"])["last"]["iteration"] == 3
     metrics = call(root, flags=["--eval-only"])
     assert set(metrics) == {"shapes_val/student", "shapes_val/teacher"}
+    names = MetadataCatalog.get("shapes_val").stuff_classes
+    swapped = call(root, flags=["--eval-only", "--classes", ", ".join(names[1:] + names[:1])])
+    assert set(swapped) == set(metrics)
+
+
+def test_classes_that_do_not_fit(capsys, root):
+    call(root)
+    assert "--classes: 2 names for the 25 classes" in mistake(capsys, root, flags=["--eval-only", "--classes", "a,b"])
+    names = MetadataCatalog.get("shapes_val").stuff_classes
+    given = ",".join(["unheard of", *names[1:]])
+    assert "unheard of" in mistake(capsys, root, flags=["--eval-only", "--classes", given])
 
 
 @pytest.mark.parametrize("overrides, expected", [

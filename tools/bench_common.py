@@ -14,21 +14,43 @@ import torch
 Times = dict[str, list[float]]  # name -> seconds of each round
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> Times:
-    """Seconds of each function in each round, after one untimed call.
+def measure(functions: dict[str, Callable[[], object]], rounds: int) -> tuple[Times, Times]:
+    """Seconds, and seconds of the processors (all threads together), of each function in each round, after one
+    untimed call.
 
     All functions run once before any runs again: what else happens on the machine meets them alike,
     and the quotient of two times of one round is worth more than either time.
     """
-    times: Times = {name: [] for name in functions}
+    wall: Times = {name: [] for name in functions}
+    processor: Times = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             function()
-            times[name].append(time.perf_counter() - started)
-    return times
+            wall[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - used)
+    return wall, processor
+
+
+def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """The first of what `measure` returns."""
+    return measure(functions, rounds)[0]
+
+
+def compare(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each, and the time of "own" as a share of each other's: by the clock and of the processors.
+
+    The processors' time is the better one where other processes run too.
+    """
+    wall, processor = measure(functions, rounds)
+    row = {f"{name} ms": median_ms(seconds) for name, seconds in wall.items()}
+    for name in functions:
+        if name != "own":
+            row[f"own / {name}"] = median_ratio(wall["own"], wall[name])
+            row[f"own / {name}, CPU time"] = median_ratio(processor["own"], processor[name])
+    return row
 
 
 def median_ms(seconds: list[float]) -> float:
@@ -112,9 +134,15 @@ def markdown_table(rows: list[dict]) -> str:
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = (f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(row[column]) for column in columns) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Three digits, or all those before the point."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def report(title: str, command: str, tables: dict[str, list[dict]], facts: dict, folder: Path) -> None:

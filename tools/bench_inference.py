@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import logging
+import time
 
 import bench_common as common
 import torch
-from bench_models import NETWORKS, ROOT, Bench, peak_memory, stage_times
+from bench_models import COMPARED, ROOT, Bench, peak_memory, stage_times
 from bench_roofline import roofline
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
@@ -17,7 +18,7 @@ from hiervl.data.datasets import dataset_index
 from hiervl.data.loaders import build_test_loader
 from hiervl.evaluation import SegmentationEvaluator
 
-ROUNDS = 9
+ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,25 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def against_reference(benches: dict[str, Bench], rounds: int) -> list[dict]:
     rows = []
     for name, bench in benches.items():
-        calls = {"own": bench.predict, "bfloat16": bench.predict_bfloat16, "reference": bench.reference_predict}
-        times = common.interleave(calls, rounds)
-        rows.append(
-            {
-                "network": name,
-                "image": f"{bench.size}x{bench.size}",
-                "float32 ms": common.median_ms(times["own"]),
-                "reference ms": common.median_ms(times["reference"]),
-                "time / reference": common.median_ratio(times["own"], times["reference"]),
-                "bfloat16 ms": common.median_ms(times["bfloat16"]),
-                "bfloat16 / float32": common.median_ratio(times["bfloat16"], times["own"]),
-            }
-        )
+        calls = {"own": bench.predict, "bfloat16": bench.predict_bfloat16}
+        calls |= {"grid_sample": bench.grid_sample_predict, "reference": bench.reference_predict}
+        rows.append({"network": name, "image": f"{bench.size}x{bench.size}"} | common.compare(calls, rounds))
     return rows
 
 
 def memory() -> list[dict]:
     rows = []
-    for name in NETWORKS:
+    for name in COMPARED:
         own, reference = (common.in_new_process(peak_memory, name, call) for call in ("predict", "reference_predict"))
         row = {"network": name, "increase MB": common.increase(own), "reference MB": common.increase(reference)}
         rows.append(row | {"increase / reference": common.increase(own) / common.increase(reference)})
@@ -59,16 +50,17 @@ def memory() -> list[dict]:
 def where_time_goes(benches: dict[str, Bench], rounds: int) -> list[dict]:
     rows = []
     for name, bench in benches.items():
-        times: dict[str, float] = {}
-        with stage_times(bench.model, times):
-            whole = sum(common.interleave({"whole": bench.predict}, rounds)["whole"])
-        # The hooks also saw the one call that is not timed.
-        share = {part: seconds * rounds / (rounds + 1) for part, seconds in times.items()}
-        share["rest"] = whole - sum(share.values())
-        rows += [
-            {"network": name, "part": part, "ms": 1e3 * seconds / rounds, "share %": 100 * seconds / whole}
-            for part, seconds in share.items()
-        ]
+        found = []
+        for _ in range(rounds):
+            times: dict[str, float] = {}
+            started = time.perf_counter()
+            with stage_times(bench.model, times):
+                bench.predict()
+            times["rest"] = time.perf_counter() - started - sum(times.values())
+            found.append(times)
+        medians = {part: common.median_ms([times[part] for times in found]) for part in found[0]}
+        whole = sum(medians.values())
+        rows += [{"network": name, "part": part, "ms": ms, "share %": 100 * ms / whole} for part, ms in medians.items()]
     return rows
 
 
@@ -103,7 +95,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, list[dict]], dict]:
     rounds = options.rounds or ROUNDS
     tables = {"Peak memory of inference (each in a process of its own)": memory()}
     facts = common.machine()
-    benches = {name: Bench(name) for name in NETWORKS}
+    benches = {name: Bench(name) for name in COMPARED}
     tables = {"Against the reference path": against_reference(benches, rounds)} | tables
     tables["Where the time goes"] = where_time_goes(benches, rounds)
     tables["Roofline"] = roofline({name: bench.predict for name, bench in benches.items()}, facts, rounds)

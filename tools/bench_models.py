@@ -1,8 +1,10 @@
 """The networks that the benchmarks time, and the reference they are compared with.
 
-The reference is the same network, the way this family of models is usually run on a CPU: deformable attention through
-grid_sample, one cost matrix and one transfer to the host for each image and decoder layer, and at inference all
-query masks brought to full size before they become class scores.
+The reference is the same network, the way Mask2Former runs on a CPU: deformable attention through grid_sample, the
+masks of all queries made at full size after every decoder layer and resampled to the size of the attention, one cost
+matrix and one transfer to the host for each image and layer, and at inference all query masks brought to the size of
+the image before they become class scores. "grid_sample" is the network as it is but for deformable attention (and the
+matcher, in training): what the kernel brings by itself. What else was made cheaper (docs/PERFORMANCE.md) is in all.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import bench_common as common
 import numpy as np
@@ -22,17 +25,19 @@ from scipy.optimize import linear_sum_assignment
 
 from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
 from hiervl.config import load_config
-from hiervl.inference import pad_to_multiple
 from hiervl.ops.function import reference_path
 from hiervl.solver import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_DIM = 512
+LANGUAGE_OFF = ("MODEL.HSQG.ENABLED", False, "MODEL.CMSAM.ENABLED", False, "MODEL.DECODER.SEMANTIC", False)
 # name: (config file, classes, side of the image, images, overrides). All with random weights.
 NETWORKS = {
-    "Mask2Former-R50": ("Base-HierVL.yaml", 21, 512, 1, ("MODEL.DECODER.CLASSIFIER", "linear")),
+    "Mask2Former-R50": ("Base-HierVL.yaml", 21, 512, 1, (*LANGUAGE_OFF, "MODEL.DECODER.CLASSIFIER", "linear")),
+    "HierVL-R50": ("Base-HierVL.yaml", 21, 512, 1, ()),
     "camvid_23": ("camvid_23.yaml", 11, 256, 4, ("MODEL.BACKBONE.WEIGHTS", "")),
 }
+COMPARED = ("Mask2Former-R50", "camvid_23")  # with the reference path
 
 
 class PerImageMatcher:
@@ -74,6 +79,26 @@ class PerImageMatcher:
         )
 
 
+@contextlib.contextmanager
+def full_size_masks(decoder: torch.nn.Module) -> Iterator[None]:
+    """Within it the decoder's attention masks are made at full size and resampled."""
+    make_tokens = decoder._tokens
+
+    def tokens(memory, mask_features):
+        *rest, small = make_tokens(memory, mask_features)
+        return *rest, [(mask_features, x.shape[-2:]) for x in small]
+
+    @torch.no_grad()
+    def visible(embed, source, semantic=None):
+        mask_features, size = source
+        masks = torch.einsum("bnc,bchw->bnhw", embed, mask_features)
+        inside = F.interpolate(masks, size=size, mode="bilinear", align_corners=False).flatten(2) >= 0
+        return inside | ~inside.any(dim=2, keepdim=True)
+
+    with mock.patch.multiple(decoder, _tokens=tokens, _visible=visible):
+        yield
+
+
 class Bench:
     """One network with an optimizer and a batch, and its ways to take a step and to predict.
 
@@ -104,15 +129,16 @@ class Bench:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.SOLVER.CLIP_NORM)
         self.optimizer.step()
 
+    def grid_sample_step(self) -> None:
+        """The same step with the grid_sample path and the matcher per image and layer."""
+        criterion = self.model.criterion
+        with mock.patch.object(criterion, "matcher", PerImageMatcher(criterion.matcher)), reference_path():
+            self.step()
+
     def reference_step(self) -> None:
         """The same step on the reference path."""
-        criterion = self.model.criterion
-        own, criterion.matcher = criterion.matcher, PerImageMatcher(criterion.matcher)
-        try:
-            with reference_path():
-                self.step()
-        finally:
-            criterion.matcher = own
+        with full_size_masks(self.model.decoder):
+            self.grid_sample_step()
 
     @torch.no_grad()
     def predict(self) -> torch.Tensor:
@@ -125,15 +151,22 @@ class Bench:
             return self.predict()
 
     @torch.no_grad()
-    def reference_predict(self) -> torch.Tensor:
-        """Class scores of the first image on the reference path: (K, H, W)."""
+    def grid_sample_predict(self) -> torch.Tensor:
+        """Class scores of the first image, of query masks at the image's size: (K, H, W)."""
+        model = self.model.eval()
         with reference_path():
-            last = self.model.eval().predict_queries(self.images[:1])[-1]
+            padded = model.preprocess(self.images[:1])
+            output = model.encode(padded, names=model.text and model.text(), last_only=True)
+            last = output.layers[-1]
+            masks = F.interpolate(last.masks(output.mask_features), size=padded.shape[-2:], mode="bilinear")
         height, width = self.images.shape[-2:]
-        padded = pad_to_multiple(self.images[:1], self.model.size_divisibility).shape[-2:]
-        masks = F.interpolate(last["mask_logits"], size=padded, mode="bilinear", align_corners=False)
         masks = masks[0, :, :height, :width].sigmoid()  # (N, H, W)
-        return torch.einsum("nk,nhw->khw", last["class_logits"][0].softmax(-1)[:, :-1], masks)
+        return torch.einsum("nk,nhw->khw", last.class_logits[0].softmax(-1)[:, :-1], masks)
+
+    def reference_predict(self) -> torch.Tensor:
+        """The same on the reference path."""
+        with full_size_masks(self.model.decoder):
+            return self.grid_sample_predict()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hiervl import ops  # noqa: F401  (registers the operator)
+
 
 def _attention_flops(query, key, value, *args, **kwargs) -> int:
     """Scores and weighted sum: (B, h, Q, d), (B, h, S, d)."""

@@ -5,24 +5,19 @@ import time
 
 import bench_common as common
 import torch
-from bench_models import NETWORKS, Bench, peak_memory, stage_times
+from bench_models import COMPARED, Bench, peak_memory, stage_times
 from bench_roofline import roofline
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def against_reference(benches: dict[str, Bench], rounds: int) -> list[dict]:
     rows = []
     for name, bench in benches.items():
-        times = common.interleave({"own": bench.step, "reference": bench.reference_step}, rounds)
+        calls = {"own": bench.step, "grid_sample": bench.grid_sample_step, "reference": bench.reference_step}
         rows.append(
-            {
-                "network": name,
-                "images": f"{len(bench.inputs)} x {bench.size}x{bench.size}",
-                "step ms": common.median_ms(times["own"]),
-                "reference ms": common.median_ms(times["reference"]),
-                "time / reference": common.median_ratio(times["own"], times["reference"]),
-            }
+            {"network": name, "images": f"{len(bench.inputs)} x {bench.size}x{bench.size}"}
+            | common.compare(calls, rounds)
         )
     return rows
 
@@ -30,7 +25,7 @@ def against_reference(benches: dict[str, Bench], rounds: int) -> list[dict]:
 def memory() -> list[dict]:
     """Peak of two steps; the network itself (weights) is in "before"."""
     rows = []
-    for name in NETWORKS:
+    for name in COMPARED:
         own, reference = (common.in_new_process(peak_memory, name, call) for call in ("step", "reference_step"))
         rows.append(
             {
@@ -86,7 +81,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, list[dict]], dict]:
     rounds = options.rounds or ROUNDS
     tables = {"Peak memory (each in a process of its own)": memory()}
     facts = common.machine()
-    benches = {name: Bench(name) for name in NETWORKS}
+    benches = {name: Bench(name) for name in COMPARED}
     tables = {"Against the reference path": against_reference(benches, rounds)} | tables
     tables["Where the time goes"] = where_time_goes(benches, rounds)
     tables["Roofline"] = roofline({name: bench.step for name, bench in benches.items()}, facts, rounds)

@@ -7,6 +7,7 @@ For every image NAME, writes out/NAME.jpg (overlay with class names) and out/NAM
 each pixel, 255 where the network is less sure than --confidence).
 """
 import argparse
+import colorsys
 import glob
 import os
 import sys
@@ -15,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 import tqdm
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
@@ -28,6 +29,7 @@ from hiervl.data import datasets  # noqa: E402, F401  (registers the data sets)
 from hiervl.data.images import read_image  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError  # noqa: E402
+from hiervl.text.word_lists import read_classes  # noqa: E402
 
 UNSURE = 255
 
@@ -37,9 +39,11 @@ class Segmenter:
 
     Args:
         cfg: config with MODEL.WEIGHTS. model: "teacher" or "student" of the checkpoint.
+        classes: other classes than those of the data set; their texts must be at hand (a text tower, or the
+            embeddings files).
     """
 
-    def __init__(self, cfg, model: str = "teacher"):
+    def __init__(self, cfg, model: str = "teacher", classes: list[str] | None = None):
         if not cfg.MODEL.WEIGHTS:
             raise UserError("MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
                             "output/camvid_23/model_final.pth.")
@@ -47,6 +51,11 @@ class Segmenter:
         self.network = build_model(cfg).eval()
         self.mapper = TestMapper(cfg)
         load_network(self.network, cfg.MODEL.WEIGHTS, model)
+        if classes:
+            self.network.set_classes(classes)
+            # Fixed colours, far apart in hue, for classes that no table knows.
+            colors = [[int(255 * c) for c in colorsys.hsv_to_rgb(0.618 * k % 1, 0.8, 0.9)] for k in range(len(classes))]
+            self.metadata = Metadata(stuff_classes=classes, stuff_colors=colors)
 
     def __call__(self, path: str):
         """Read an image; return it (H, W, 3) uint8 RGB and the class probabilities (K, H, W)."""
@@ -92,6 +101,7 @@ def parse_args(argv=None):
     parser.add_argument("--input", nargs="+", required=True, help="image files or patterns")
     parser.add_argument("--output", default="output/demo", help="folder for the results (%(default)s)")
     parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
+    parser.add_argument("--classes", default="", help="other classes: names separated by commas, or a file of them")
     parser.add_argument("--confidence", type=float, default=0.0, help="leave out pixels below it (%(default)s)")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
@@ -102,7 +112,7 @@ def run(args):
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     files = expand(args.input)
-    segment = Segmenter(cfg, args.model)
+    segment = Segmenter(cfg, args.model, read_classes(args.classes) if args.classes else None)
     os.makedirs(args.output, exist_ok=True)
     for path in tqdm.tqdm(files, disable=len(files) == 1):
         image, probability = segment(path)

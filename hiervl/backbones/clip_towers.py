@@ -30,7 +30,7 @@ class ViTTower(nn.Module):
         self.resblocks = visual.transformer.resblocks
         self.ln_post, self.proj = visual.ln_post.requires_grad_(False), visual.proj.requires_grad_(False)
         # Stochastic depth: whole blocks, the last at this rate, the first at 0.
-        rates = torch.linspace(0, drop_path, len(self.resblocks)).tolist()
+        rates = torch.linspace(0, drop_path, len(self.resblocks), device="cpu").tolist()
         self.drops = nn.ModuleList(DropPath(rate) for rate in rates)
 
     def forward(self, image, maps=True, dense=False):
@@ -103,7 +103,7 @@ class ConvNeXtTower(nn.Module):
         self.norm, self.head = trunk.head.norm.requires_grad_(False), visual.head.requires_grad_(False)
         self.channels = [info["num_chs"] for info in trunk.feature_info]
         blocks = [block for stage in self.stages for block in stage.blocks]
-        for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
+        for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks), device="cpu").tolist()):
             block.drop_path = DropPath(rate)  # in place of what open_clip's config says
 
     def forward(self, image, maps=True, dense=False):

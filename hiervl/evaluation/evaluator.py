@@ -79,7 +79,8 @@ class SegmentationEvaluator(DatasetEvaluator):
 
         Args:
             inputs: each with ``sem_seg_file_name``, the label map's path.
-            outputs: each with ``sem_seg``, (K, H, W) float scores on any device at the label map's own size.
+            outputs: each with ``sem_seg``, (K, H, W) float scores on any device at the label map's own size; or, with
+                ``classes`` (K',), (K', H, W) scores of those classes alone.
 
         Raises:
             UserError: a label map is missing, broken, of another size, or holds a label out of range; a score is
@@ -90,7 +91,7 @@ class SegmentationEvaluator(DatasetEvaluator):
             if not path:
                 raise UserError(f"{image.get('file_name', 'an image')}: no label map, so it cannot be evaluated; "
                                 "evaluate on a data set that lists masks")
-            self._count(read_label(path), output["sem_seg"], path)
+            self._count(read_label(path), output["sem_seg"], path, output.get("classes"))
             self._images += 1
 
     def evaluate(self) -> OrderedDict | None:
@@ -123,9 +124,9 @@ class SegmentationEvaluator(DatasetEvaluator):
         per_class = {f"IoU-{name}": iou for name, iou in zip(self.class_names, found.iou.tolist())}
         return OrderedDict(sem_seg={**metrics, **per_class})
 
-    def _count(self, label: np.ndarray, class_scores: torch.Tensor, path: str) -> None:
-        """One image: label (H, W) and scores (K, H, W)."""
-        k = len(self.class_names)
+    def _count(self, label: np.ndarray, class_scores: torch.Tensor, path: str, classes: torch.Tensor | None) -> None:
+        """One image: label (H, W) and scores (K, H, W), or (K', H, W) of `classes` (K',)."""
+        k = len(self.class_names) if classes is None else len(classes)
         if class_scores.shape[0] != k:
             raise ValueError(f"{class_scores.shape[0]} channels of scores for {k} classes")
         if tuple(class_scores.shape[1:]) != label.shape:
@@ -133,6 +134,9 @@ class SegmentationEvaluator(DatasetEvaluator):
             raise UserError(f"{path}: the label map is {label.shape[0]} x {label.shape[1]} (height x width), the "
                             f"prediction {height} x {width}; is it the mask of another image?")
         confidence, prediction = top_class(class_scores)  # (H, W) each
+        if classes is not None:
+            wide = len(self.class_names) > 256
+            prediction = classes.cpu().numpy().astype(np.int16 if wide else np.uint8)[prediction]
         if not torch.isfinite(confidence).all():
             raise UserError(f"{path}: the scores of this image are not finite; the weights are broken or training "
                             "diverged: evaluate an earlier checkpoint")

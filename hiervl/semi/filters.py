@@ -24,6 +24,9 @@ class PseudoLabels:
     Attributes:
         scores: (B, K, H, W) probabilities. labels: (B, H, W) int64, their argmax. confidence: (B, H, W), their max.
         valid: (B, H, W) bool, False on padding. class_names: K names.
+        looked_for: (B, K) bool, classes that the teacher kept; None: all.
+        relevance: (B, K) in [0, 1] and pixel_text: (B, K, h, w), the pixel-text scores at a quarter of the size (-1
+            for a class that was not kept); None from a teacher without language modules.
     """
 
     scores: torch.Tensor
@@ -31,11 +34,14 @@ class PseudoLabels:
     confidence: torch.Tensor
     valid: torch.Tensor
     class_names: list
+    looked_for: torch.Tensor | None = None
+    relevance: torch.Tensor | None = None
+    pixel_text: torch.Tensor | None = None
 
     @classmethod
-    def from_scores(cls, scores, valid, class_names):
+    def from_scores(cls, scores, valid, class_names, **more):
         confidence, labels = scores.max(dim=1)
-        return cls(scores, labels, confidence, valid, class_names)
+        return cls(scores, labels, confidence, valid, class_names, **more)
 
 
 FILTERS = {}
@@ -72,6 +78,22 @@ def adaptive(pseudo, weight, state, *, quantile, floor, ceiling, momentum):
 
 
 @register
+def text_agreement(pseudo, weight, state, *, margin):
+    """Keep pixels whose label the pixel-text scores rank first, or within `margin` (of a cosine) of the first."""
+    scores = F.interpolate(_needed(pseudo.pixel_text, "text_agreement", "MODEL.CMSAM.ENABLED"),
+                           size=weight.shape[1:], mode="bilinear", align_corners=False)  # (B, K, H, W)
+    own = scores.gather(1, pseudo.labels[:, None])[:, 0]
+    return (own >= scores.amax(1) - margin).to(weight)
+
+
+@register
+def relevance(pseudo, weight, state, *, threshold):
+    """Drop labels of classes that the image hardly shows: those of a relevance below the threshold."""
+    relevant = _needed(pseudo.relevance, "relevance", "MODEL.HSQG.ENABLED") >= threshold  # (B, K)
+    return relevant.to(weight).gather(1, pseudo.labels.flatten(1)).view_as(weight)
+
+
+@register
 def region(pseudo, weight, state, *, min_area):
     """Drop connected regions of one label, among the pixels kept so far, smaller than `min_area` pixels."""
     labels = torch.where(weight > 0, pseudo.labels, -1).cpu().numpy()
@@ -101,6 +123,12 @@ def image_average(pseudo, weight, state, *, threshold):
     sure = ((pseudo.confidence >= threshold) & pseudo.valid).flatten(1).sum(1)
     share = sure / pseudo.valid.flatten(1).sum(1).clamp(min=1)
     return share[:, None, None].expand_as(weight).to(weight)
+
+
+def _needed(value, name, key):
+    if value is None:
+        raise UserError(f"SEMI.FILTERS: the filter {name!r} needs {key} True.")
+    return value
 
 
 class FilterChain:

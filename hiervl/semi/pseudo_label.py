@@ -54,12 +54,15 @@ class PseudoLabelHook(HookBase):
         images = torch.stack([x["image"] for x in unlabeled]).to(teacher.device).float()
         valid = torch.stack([x["valid"] for x in unlabeled]).to(teacher.device)
         with self.trainer.autocast():
-            scores = teacher.predict(images)
-        return PseudoLabels.from_scores(scores.float(), valid, teacher.class_names)
+            said = teacher.predict(images)
+        return PseudoLabels.from_scores(
+            said.dense().float(), valid, teacher.class_names, relevance=said.relevance,
+            looked_for=said.spread(torch.ones_like(said.index, dtype=torch.bool)[..., None, None])[..., 0, 0],
+            pixel_text=None if said.pixel_text is None else said.spread(said.pixel_text.float(), fill=-1.0))
 
     def student_inputs(self, unlabeled, pseudo, weight):
         """One input per stream and sample (images that are there only as CutMix partners excepted)."""
-        possible = pseudo.scores.masked_fill(~pseudo.valid[:, None], 0).flatten(2).amax(2) >= self.absent_below
+        possible = self.possible(pseudo)
         label = [{"sem_seg": pseudo.labels[i], "weight": weight[i], "valid": pseudo.valid[i], "unknown": possible[i]}
                  for i in range(len(unlabeled))]
         inputs = []
@@ -69,14 +72,36 @@ class PseudoLabelHook(HookBase):
             for view, (image, box) in enumerate(zip(sample["strong"], sample["cutmix_box"])):
                 j = sample["partner"]
                 if box is None:
-                    inputs.append(_input(image, label[i]))
+                    inputs.append(_input(image, label[i]) | self._teacher(pseudo, i))
                 else:
                     mixed = {k: paste(box, label[i][k], label[j][k]) for k in ("sem_seg", "weight", "valid")}
                     mixed["unknown"] = label[i]["unknown"] | label[j]["unknown"]
-                    inputs.append(_input(paste(box, image, unlabeled[j]["strong"][view]), mixed))
+                    inputs.append(_input(paste(box, image, unlabeled[j]["strong"][view]), mixed)
+                                  | self._teacher(pseudo, i, j, box))
             if self.feature_dropout > 0:
-                inputs.append({**_input(sample["image"], label[i]), "feature_dropout": self.feature_dropout})
+                inputs.append(_input(sample["image"], label[i]) | self._teacher(pseudo, i)
+                              | {"feature_dropout": self.feature_dropout})
         return inputs
+
+    def possible(self, pseudo) -> torch.Tensor:
+        """(B, K) bool: classes that the teacher does not exclude. One that it did not even look at (its relevance was
+        not among the highest) is not excluded."""
+        highest = pseudo.scores.masked_fill(~pseudo.valid[:, None], 0).flatten(2).amax(2)
+        possible = highest >= self.absent_below
+        return possible if pseudo.looked_for is None else possible | ~pseudo.looked_for
+
+    @staticmethod
+    def _teacher(pseudo, i, j=None, box=None):
+        """What the student's view i (with a box of j pasted in) is compared with; see regularizers.View."""
+        if pseudo.pixel_text is None:
+            return {}
+        own = {"pixel_text": pseudo.pixel_text[i], "valid": pseudo.valid[i]}
+        if box is not None:
+            scale = pseudo.valid.shape[-1] / pseudo.pixel_text.shape[-1]
+            own = {"pixel_text": paste([round(edge / scale) for edge in box], own["pixel_text"], pseudo.pixel_text[j]),
+                   "valid": paste(box, own["valid"], pseudo.valid[j])}
+        return {"teacher": own | {"relevance": pseudo.relevance[i],
+                                  "mixed": torch.tensor(box is not None, device=pseudo.valid.device)}}
 
     @torch.no_grad()
     def _log(self, unlabeled, pseudo, weight, kept):

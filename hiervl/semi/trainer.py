@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 
 from .. import meta_arch  # noqa: F401  (registers HierVL with detectron2)
-from ..checkpoint import AtomicCheckpointer
+from ..checkpoint import AtomicCheckpointer, TrainedNames
 from ..criterion import Normalizers
 from ..data.loaders import build_train_loader
 from ..errors import UserError
@@ -44,12 +44,14 @@ class SemiSupervisedTrainer(TrainerBase):
         self.model = create_ddp_model(self.student, broadcast_buffers=False)
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
+        self.teacher.model.may_cut = False
         self.optimizer = build_optimizer(cfg, self.student)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.evaluation = Evaluation(cfg, {"student": self.student, "teacher": self.teacher.model})
         self.checkpointer = AtomicCheckpointer(self.student, cfg.OUTPUT_DIR, teacher=self.teacher.model,
-                                               optimizer=self.optimizer, scheduler=self.scheduler, trainer=self)
+                                               optimizer=self.optimizer, scheduler=self.scheduler, trainer=self,
+                                               trained_names=TrainedNames(self.student, self.teacher.model))
         self.log, self.pseudo_inputs, self.batch = {}, [], None
         self.register_hooks(self.build_hooks())
 
@@ -87,7 +89,7 @@ class SemiSupervisedTrainer(TrainerBase):
         path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
         if not path:
             raise UserError(f"{self.cfg.OUTPUT_DIR}: holds no checkpoint to evaluate; name one in MODEL.WEIGHTS.")
-        rest = self.checkpointer.load(path, checkpointables=["teacher"])
+        rest = self.checkpointer.load(path, checkpointables=["teacher", "trained_names"])
         if "trainer" not in rest:  # weights of one network only
             self.teacher.reset(self.student)
         self.iter = rest.get("iteration", -1)
@@ -98,6 +100,7 @@ class SemiSupervisedTrainer(TrainerBase):
         self._data_time = time.perf_counter() - start
         # Point sampling and dropout draw from torch's generator; its state is a function of the iteration.
         torch.manual_seed(zlib.crc32(f"{self.cfg.SEED}/{self.iter}/{comm.get_rank()}".encode()))
+        self.student.regularizers.progress = self.iter / self.max_iter
         super().before_step()
 
     def _loader_iterator(self):
@@ -116,7 +119,7 @@ class SemiSupervisedTrainer(TrainerBase):
                 self._total(losses).backward()
             for name, value in losses.items():
                 self.log[name] = self.log[name] + value.detach() if i else value.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.SOLVER.CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.SOLVER.CLIP_NORM, foreach=True)
         if not torch.isfinite(norm):
             self._report_non_finite()
         self.optimizer.step()

@@ -103,6 +103,17 @@ class ClassText(nn.Module):
         with self._float32():
             return self._finish(self._embeddings("raw")), self.class_index
 
+    def variants(self):
+        """The classes' texts as a rectangle (K, R, Dt), R being the most texts of one class; a class with fewer repeats
+        its first. None if every class has one text, its T'."""
+        texts, index = self.definitions()
+        counts = torch.bincount(index, minlength=len(self.class_names))
+        if len(texts) == len(counts):
+            return None
+        first = counts.cumsum(0) - counts  # texts stand class by class
+        place = torch.arange(int(counts.max()), device=texts.device)
+        return texts[first[:, None] + torch.where(place < counts[:, None], place, 0)]
+
     def distractors(self):
         """The words that are no class, V of them, and their embeddings (V, Dt), centred and adapted."""
         with self._float32():

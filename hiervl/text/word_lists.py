@@ -1,4 +1,6 @@
 """Lists of words and texts that the config names: distractors, templates, definitions."""
+import os
+
 import yaml
 
 from ..errors import UserError
@@ -41,6 +43,13 @@ def read_definitions(path: str) -> dict[str, list[str]]:
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}: {name!r} needs a list of texts, `{name}: [text, text, ...]` ({key}).")
     return {str(name): [text.strip() for text in texts] for name, texts in content.items()}
+
+
+def read_classes(given: str) -> list[str]:
+    """Class names as the command line gives them: separated by commas, or a file with one per line."""
+    if os.path.isfile(given):
+        return read_lines(given, "--classes")
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _read(path, key):

@@ -13,7 +13,7 @@ from hiervl.backbones.frozen_norm import freeze_norms
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.pixel_decoder import PixelDecoder
-from tests.test_meta_arch import DIM, make_network, training_input
+from tests.networks import DIM, make_network, training_input
 
 EMBED = 24
 TOWERS = {

@@ -7,7 +7,7 @@ from hiervl.semi.filters import FILTERS, FilterChain, PseudoLabels
 
 OPTIONS = {"confidence": {"threshold": 0.5}, "region": {"min_area": 6}, "boundary": {"margin": 1},
            "adaptive": {"quantile": 0.3, "floor": 0.4, "ceiling": 0.9, "momentum": 0.9},
-           "image_average": {"threshold": 0.5}}
+           "image_average": {"threshold": 0.5}, "text_agreement": {"margin": 0.1}, "relevance": {"threshold": 0.5}}
 NAMES = ["road", "car", "tree"]
 
 
@@ -15,7 +15,8 @@ def make_pseudo(batch=2, size=16):
     scores = (torch.randn(batch, len(NAMES), size, size) * 2).softmax(1)
     valid = torch.ones(batch, size, size, dtype=torch.bool)
     valid[:, :, 12:] = False
-    return PseudoLabels.from_scores(scores, valid, NAMES)
+    return PseudoLabels.from_scores(scores, valid, NAMES, relevance=torch.tensor([[0.9, 0.2, 0.8]]).expand(batch, -1),
+                                    pixel_text=torch.rand(batch, len(NAMES), size // 4, size // 4))
 
 
 @pytest.mark.parametrize("name", sorted(FILTERS))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hiervl.inference import Probabilities
 from hiervl.semi.filters import FilterChain
 from hiervl.semi.pseudo_label import PseudoLabelHook, paste
 
@@ -25,7 +26,7 @@ class Teacher(torch.nn.Module):
         for i in range(len(images)):
             scores[i, i] = 0.9
             scores[i, i, :, -1] = 0.3
-        return scores
+        return Probabilities(scores, torch.arange(K).expand(len(images), -1), K)
 
 
 def make_hook(unlabeled, weight=1.0, feature_dropout=0.0, iteration=10):

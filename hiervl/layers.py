@@ -1,0 +1,67 @@
+"""Layers that several modules share."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
+        super().__init__()
+        dims = (in_dim, hidden_dim, hidden_dim, out_dim)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Attention(nn.MultiheadAttention):
+    """torch's multi-head attention, with a mask that all heads share instead of one copy per head."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads, batch_first=True)
+
+    def forward(self, query, key, value, mask=None):
+        """query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
+
+        mask: (B, Q, S), or (B, 1, S) for all queries alike; bool: True where a query looks; float: added to the
+        attention's logits; None: everything is seen.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        # (B, X, C) -> (B, heads, X, C/heads)
+        q, k, v = (F.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+                   for x, w, b in zip((query, key, value), weights, biases))
+        if mask is not None:
+            mask = mask[:, None] if mask.dtype == torch.bool else mask[:, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class Temperature(nn.Module):
+    """A learnable positive scalar between two bounds."""
+
+    def __init__(self, start: float, low: float, high: float):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(start)))
+        self.low, self.high = low, high
+
+    def forward(self):
+        return self.log.exp().clamp(self.low, self.high)
+
+
+def shrink_mask(inside: torch.Tensor, size) -> torch.Tensor:
+    """(H, W) bool -> (h, w) bool: a cell is inside if any of its pixels is."""
+    return F.adaptive_max_pool2d(inside[None].float(), size)[0] > 0
+
+
+def unit(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (B, C, h, w) with every position's channels scaled to unit length; a zero vector stays zero.
+
+    F.normalize over the channels of a map is nine times slower on a CPU.
+    """
+    return maps * maps.square().sum(1, keepdim=True).clamp(min=1e-12).rsqrt()

@@ -1,0 +1,168 @@
+"""CMSAM, the cross-modal spatial alignment module (DESIGN section 2; docs/how-it-works.md, "alignment maps").
+
+At each scale e and for each kept class k, A_{e,k}(x) is the cosine between the class's query and the pixel. It moves
+what the pixels know into the queries and what the names know into the pixels; the three maps together are the
+pixel-text scores. A class's identity is never averaged away.
+"""
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import nn
+
+from .layers import Temperature, shrink_mask, unit
+from .query_generator import NUM_SCALES, KeptClasses
+
+
+@dataclass
+class Aligned:
+    """
+    Attributes:
+        queries: (B, E, K', d), with what the pixels add. memory: [F1, F2, F3] with what the names add.
+        maps: E maps (B, K', h, w) of cosines, coarse to fine.
+        scores: (B, K', H/4, W/4), the pixel-text scores: mean of the upsampled maps, in [-1, 1].
+    """
+
+    queries: torch.Tensor
+    memory: list
+    maps: list
+    scores: torch.Tensor
+
+    def __getitem__(self, images: slice) -> "Aligned":
+        """Those of some of the images."""
+        return Aligned(self.queries[images], [x[images] for x in self.memory], [x[images] for x in self.maps],
+                       self.scores[images])
+
+
+class ScaleAlignment(nn.Module):
+    """Alignment at one scale, and the two flows through it; both gates start near zero."""
+
+    def __init__(self, dim: int, memory_dim: int):
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.pixel = nn.Conv2d(memory_dim, dim, 1)
+        self.to_query = nn.Linear(memory_dim, dim)
+        self.to_pixel = nn.Linear(dim, memory_dim)
+        self.over_pixels, self.over_classes = Temperature(0.1, 0.02, 1.0), Temperature(0.1, 0.02, 1.0)
+        self.none_of_these = nn.Parameter(torch.zeros(()))  # a cosine that a class has to beat
+        self.query_gate = nn.Parameter(torch.full((dim,), -3.0))
+        self.pixel_gate = nn.Conv2d(2 * memory_dim + 1, 1, 3, padding=1)
+        nn.init.zeros_(self.pixel_gate.weight)
+        nn.init.constant_(self.pixel_gate.bias, -3.0)
+
+    def align(self, queries, pixels):
+        """A: queries (B, K', d), pixels (B, C, h, w) -> cosines (B, K', h, w)."""
+        keys = unit(self.pixel(pixels).float()).flatten(2)  # (B, d, h*w)
+        alignment = F.normalize(self.query(queries).float(), dim=2) @ keys
+        return alignment.unflatten(2, pixels.shape[-2:])
+
+    def exchange(self, queries, log_relevance, pixels, alignment, inside=None):
+        """Both flows through the alignment (B, K', h, w); log_relevance (B, K'), inside (h, w) bool or None
+        -> (queries (B, K', d), pixels (B, C, h, w))."""
+        flat = alignment.flatten(2)
+        gathered = self._gather(flat, pixels.flatten(2).transpose(1, 2), inside)
+        told = self._tell(flat, log_relevance, queries).unflatten(2, pixels.shape[-2:])  # (B, C, h, w)
+        seen = torch.cat((pixels, told, alignment.amax(1, keepdim=True)), dim=1)
+        return (queries + self.query_gate.sigmoid() * gathered,
+                pixels + self.pixel_gate(seen).sigmoid() * told)
+
+    def _gather(self, alignment, tokens, inside):
+        """Pixel to query: each query gathers the pixels that it resembles. -> (B, K', d)."""
+        attention = alignment / self.over_pixels()
+        if inside is not None:
+            attention = attention.masked_fill(~inside.flatten(), -torch.inf)
+        return self.to_query(attention.softmax(2).to(tokens) @ tokens)
+
+    def _tell(self, alignment, log_relevance, queries):
+        """Text to pixel: each pixel is told the classes that it resembles, if any. -> (B, C, h*w)."""
+        temperature = self.over_classes()
+        nothing = (self.none_of_these / temperature).expand(len(alignment), 1, alignment.shape[2])
+        likely = torch.cat((alignment / temperature + log_relevance[..., None], nothing), dim=1).softmax(1)
+        return (likely[:, :-1].transpose(1, 2).to(queries) @ self.to_pixel(queries)).transpose(1, 2)
+
+
+class SpatialAlignment(nn.Module):
+    """See the module's docstring.
+
+    Args:
+        dim: width of the queries. memory_dim: width of F1..F3.
+        flows: let pixels and queries tell each other what they know; without, the maps alone are made.
+        guided: upsample the maps along the edges of M; without, bilinearly.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, memory_dim: int, flows: bool = True, guided: bool = True):
+        super().__init__()
+        self.flows, self.guided = flows, guided
+        self.scales = nn.ModuleList(ScaleAlignment(dim, memory_dim) for _ in range(NUM_SCALES))
+        self.score_temperature = Temperature(0.07, 0.02, 1.0)  # of the scores in the vision-language loss
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"dim": cfg.MODEL.DECODER.HIDDEN_DIM, "memory_dim": cfg.MODEL.PIXEL_DECODER.CONV_DIM,
+                "flows": cfg.MODEL.CMSAM.FLOWS, "guided": cfg.MODEL.CMSAM.GUIDED}
+
+    def forward(self, kept: KeptClasses, memory, mask_features, inside=None) -> Aligned:
+        """
+        Args:
+            memory: [F1, F2, F3], each (B, C, h, w). mask_features: M (B, Cm, H/4, W/4).
+            inside: (H/4, W/4) bool, False on padding; None: there is none.
+        """
+        queries, pixels, maps = [], [], []
+        for e, scale in enumerate(self.scales):
+            level = memory[e]
+            there = None if inside is None else shrink_mask(inside, level.shape[-2:])
+            alignment = self._align(scale, kept, e, level)
+            told = (scale.exchange(kept.queries[:, e], kept.log_relevance, level, alignment, there) if self.flows
+                    else (kept.queries[:, e], level))
+            queries.append(told[0])
+            pixels.append(told[1])
+            maps.append(alignment)
+        return Aligned(torch.stack(queries, dim=1), pixels, maps, self._scores(maps, mask_features))
+
+    @staticmethod
+    def _align(scale, kept, e, level):
+        """(B, K', h, w). Of several texts of a class, the one that fits a pixel best counts there."""
+        if kept.variants is None:
+            return scale.align(kept.queries[:, e], level)
+        each = scale.align(kept.variants[:, e].flatten(1, 2), level)  # (B, K'*R, h, w)
+        return each.unflatten(1, kept.variants.shape[2:4]).amax(2)
+
+    def _scores(self, maps, mask_features):
+        """Mean of the maps at the size of M; each is brought from scale to scale together with the coarser ones."""
+        guide = mask_features.detach()
+        total = maps[0]
+        for finer in (*maps[1:], None):
+            size = guide.shape[-2:] if finer is None else finer.shape[-2:]
+            total = (guided_upsample(total, F.adaptive_avg_pool2d(guide, size)) if self.guided
+                     else F.interpolate(total, size=size, mode="bilinear", align_corners=False))
+            total = total if finer is None else total + finer
+        return total / NUM_SCALES
+
+
+def guided_upsample(maps: torch.Tensor, guide: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Double the size of maps (B, K, h, w) along the edges of guide (B, C, 2h, 2w), which gets no gradient.
+
+    A fine position takes its four coarse neighbours with bilinear weights times exp(cosine of the guide there and
+    at the neighbour / temperature), normalised: where the guide is even this is bilinear interpolation, at an edge
+    each side takes its own (joint bilateral upsampling, Kopf et al. 2007, with learnt features).
+    """
+    height, width = maps.shape[-2:]
+    with torch.no_grad():
+        fine = unit(guide.float())
+        near = F.pad(unit(F.avg_pool2d(fine, 2)), (1, 1, 1, 1), mode="replicate")
+    around = F.pad(maps, (1, 1, 1, 1), mode="replicate")
+    parts = []
+    for row, column in itertools.product((0, 1), (0, 1)):  # position within its coarse cell
+        own = fine[:, :, row::2, column::2].contiguous()  # (B, C, h, w)
+        total = norm = 0
+        for y, x in itertools.product((0, 2 * row - 1), (0, 2 * column - 1)):  # that cell, and those it is nearest to
+            cells = (..., slice(1 + y, 1 + y + height), slice(1 + x, 1 + x + width))
+            bilinear = (0.25 if y else 0.75) * (0.25 if x else 0.75)
+            cosine = (own * near[cells]).sum(1, keepdim=True)
+            weight = bilinear * ((cosine - 1) / temperature).exp()  # (B, 1, h, w)
+            total, norm = total + weight * around[cells], norm + weight
+        parts.append(total / norm)
+    return F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
