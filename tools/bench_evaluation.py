@@ -60,26 +60,32 @@ def counting(rounds: int) -> list[dict]:
         "own": functools.partial(matrix.update, label, prediction),
         "numpy": functools.partial(bincount_int64, label, prediction),
     }
-    times = common.interleave(calls, rounds)
+    wall, processor = common.measure(calls, rounds)
     return [
         {
             "pixels": label.size,
-            "counting ms": common.median_ms(times["own"]),
-            "np.bincount on int64 ms": common.median_ms(times["numpy"]),
-            "faster by": common.median_ratio(times["numpy"], times["own"]),
+            "counting ms": common.median_ms(wall["own"]),
+            "np.bincount on int64 ms": common.median_ms(wall["numpy"]),
+            "faster by": common.median_ratio(wall["numpy"], wall["own"]),
+            "faster by, CPU time": common.median_ratio(processor["numpy"], processor["own"]),
         }
     ]
 
 
+def clocks() -> np.ndarray:
+    """Seconds by the clock and of the processors (all threads together)."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 @contextlib.contextmanager
-def timed(times: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds of the evaluator's parts within the block."""
+def timed(times: dict[str, np.ndarray]) -> Iterator[None]:
+    """Add up the seconds (`clocks`) of the evaluator's parts within the block."""
 
     def watch(name: str, function):
         def run(*arguments):
-            started = time.perf_counter()
+            started = clocks()
             result = function(*arguments)
-            times[name] = times.get(name, 0.0) + time.perf_counter() - started
+            times[name] = times.get(name, 0.0) + clocks() - started
             return result
 
         return run
@@ -97,7 +103,7 @@ def timed(times: dict[str, float]) -> Iterator[None]:
 
 def evaluate(images: int) -> dict:
     """Seconds of each part, and megabytes after a tenth of the images and after all. Linux only."""
-    times: dict[str, float] = {}
+    times: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         labels = [make_label(seed) for seed in range(DISTINCT)]
         paths = [f"{folder}/{seed}.png" for seed in range(DISTINCT)]
@@ -105,13 +111,13 @@ def evaluate(images: int) -> dict:
             Image.fromarray(label).save(path)
         scores = [make_scores(label) for label in labels[:2]]
         scorer = SegmentationEvaluator([f"class {k}" for k in range(CLASSES)], ignore_label=IGNORE)
-        resident, started = {}, time.perf_counter()
+        resident, started = {}, clocks()
         with timed(times):
             for i in range(images):
                 scorer.process([{"sem_seg_file_name": paths[i % DISTINCT]}], [{"sem_seg": scores[i % 2]}])
                 if i + 1 in (max(images // 10, 1), images):
                     resident[i + 1] = common.resident("VmRSS")
-        whole = time.perf_counter() - started
+        whole = clocks() - started
     return {"times": times | {"top class, checks": whole - sum(times.values())}, "whole": whole, "resident": resident}
 
 
@@ -120,7 +126,12 @@ def run(options: argparse.Namespace) -> tuple[dict[str, list[dict]], dict]:
     facts = common.machine() | {"images": options.images, "size": f"{WIDTH}x{HEIGHT}", "classes": CLASSES}
     result = common.in_new_process(evaluate, options.images)
     parts = [
-        {"part": part, "ms per image": 1e3 * seconds / options.images, "share %": 100 * seconds / result["whole"]}
+        {
+            "part": part,
+            "ms per image": 1e3 * seconds[0] / options.images,
+            "share %": 100 * seconds[0] / result["whole"][0],
+            "share of CPU time %": 100 * seconds[1] / result["whole"][1],
+        }
         for part, seconds in result["times"].items()
     ]
     resident = [{"images": n, "resident MB": megabytes} for n, megabytes in result["resident"].items()]

@@ -3,21 +3,16 @@
 One matrix over the whole data set holds all that mIoU needs, so memory does not grow with the number of images
 and the matrices of several ranks simply add up.
 """
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 
 from ..errors import UserError
+from ..ops.extension import has_kernel
 
-# Label maps are smooth: neighbours fall into the same bin, and each increment waits for the one before it.
-# Counting neighbours in separate copies of the histogram breaks that chain.
-_LANES = 4
-_CHUNK = 1 << 18  # pixels counted at a time: the temporaries then stay in the cache
-_INT16_BINS = 1 << 15
-_MAX_THREADS = 8  # more would wait for memory
+_KERNEL_TYPES = (np.uint8, np.int16, np.int32, np.int64)
+_CHUNK = 1 << 18  # pixels counted at a time without the kernel: the temporaries then stay in the cache
 
 
 class ConfusionMatrix:
@@ -60,97 +55,60 @@ class ConfusionMatrix:
         """
         if label.shape != prediction.shape:
             raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
-        if prediction.size == 0:
-            return
-        if prediction.min() < 0 or prediction.max() >= self.num_classes:
-            raise ValueError(f"predicted class outside [0, {self.num_classes}): {_range(prediction)}")
-        count = self._count_8bit if label.dtype == np.uint8 and self.num_classes <= 256 else self._count_wide
-        counts, ignored = count(label, prediction, source)
-        self.counts += counts
-        self.ignored += ignored
+        k = self.num_classes
+        table = count_pairs(label, prediction, k, self.ignore_label)
+        if table[:, k].any():
+            raise ValueError(f"predicted class outside [0, {k}): {prediction.min()} to {prediction.max()}")
+        if table[k + 1].any():
+            raise self._stray_label(label, source)
+        self.counts += table[:k, :k]
+        self.ignored += int(table[k].sum())
 
     def merge(self, other: "ConfusionMatrix") -> None:
         """Adds the counts of another matrix over the same classes (another rank's)."""
         self.counts += other.counts
         self.ignored += other.ignored
 
-    def _count_8bit(self, label, prediction, source):
-        """Counts all 256 possible labels and looks at the rows afterwards: no pass over the pixels to check them."""
+    def _stray_label(self, label, source):
         k = self.num_classes
-        table = histogram_8bit(label, prediction, k)  # (256, K)
-        pixels = table.sum(1)
-        stray = [v for v in np.flatnonzero(pixels[k:]) + k if v != self.ignore_label]
-        if stray:
-            raise self._stray_label(int(stray[0]), int(pixels[stray].sum()), source)
-        ignored = int(pixels[self.ignore_label]) if k <= self.ignore_label < 256 else 0
-        return table[:k], ignored
-
-    def _count_wide(self, label, prediction, source):
-        """For labels of more than 8 bits: ignored pixels become row K, so that there are no more than K + 1 rows."""
-        k = self.num_classes
-        # An unsigned type may be unable to hold the ignore label (-1), and uint8 cannot hold K.
-        label = label.astype(np.int64, copy=False)
-        stray = ((label < 0) | (label >= k)) & (label != self.ignore_label)
-        if stray.any():
-            raise self._stray_label(int(label[stray][0]), int(stray.sum()), source)
-        table = histogram_2d(np.where(label == self.ignore_label, k, label), k + 1, prediction, k)
-        return table[:k], int(table[k].sum())
-
-    def _stray_label(self, value, pixels, source):
+        stray = label[((label < 0) | (label >= k)) & (label != self.ignore_label)]
         return UserError(
-            f"{source}: label {value} ({pixels} pixels out of range) is neither one of the {self.num_classes} classes "
-            f"(0 to {self.num_classes - 1}) nor the ignore label {self.ignore_label}; correct the label map, "
+            f"{source}: label {stray[0]} ({stray.size} pixels out of range) is neither one of the {k} classes "
+            f"(0 to {k - 1}) nor the ignore label {self.ignore_label}; correct the label map, "
             "the class list or the ignore label"
         )
 
 
-def histogram_8bit(rows: np.ndarray, columns: np.ndarray, num_columns: int) -> np.ndarray:
-    """Counts pairs (row, column) of two (H, W) arrays: uint8, and integers in [0, num_columns), unchecked.
+def count_pairs(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
+    """Counts pixels by (label, prediction), with places for what is neither a class nor ignored.
 
-    OpenCV counts in integers, without a copy of its input; several threads take a share of the image each.
-
-    Returns:
-        (256, num_columns) int64.
-    """
-    columns = columns.astype(np.uint8, copy=False)
-    threads = min(_MAX_THREADS, torch.get_num_threads())
-    # Counts come back as float32, which is exact up to 2**24.
-    parts = max(threads if rows.size >= _CHUNK else 1, -(-rows.size // (1 << 24)))
-
-    def count(part):
-        return cv2.calcHist(list(part), [0, 1], None, [256, num_columns], [0, 256, 0, num_columns]).astype(np.int64)
-
-    shares = zip(*(np.array_split(np.ascontiguousarray(x).reshape(-1), parts) for x in (rows, columns)))
-    if parts == 1:
-        return count(next(shares))
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(count, shares))
-
-
-def histogram_2d(rows: np.ndarray, num_rows: int, columns: np.ndarray, num_columns: int) -> np.ndarray:
-    """Counts pairs (row, column) of equally many integers in [0, num_rows) and [0, num_columns), unchecked.
-
-    Cells are numbered in the smallest type that holds them and counted by torch.bincount, which, unlike NumPy's,
-    does not first copy its input to int64.
+    Args:
+        label, prediction: integers of one shape.
 
     Returns:
-        (num_rows, num_columns) int64.
+        (K + 2, K + 1) int64; row K: ignored; row K + 1 and column K: out of range.
     """
-    bins = num_rows * num_columns
-    lanes = _LANES if _LANES * bins <= _INT16_BINS else 1
-    cell_type = np.int16 if lanes * bins <= _INT16_BINS else np.int32
-    rows, columns = rows.reshape(-1), columns.reshape(-1)
-    chunk = max(_CHUNK, 8 * bins)  # adding up large tables must not cost more than the counting
-    lane_start = np.tile(np.arange(lanes, dtype=cell_type) * bins, min(chunk, rows.size) // lanes + 1)
-    counts = torch.zeros(lanes * bins, dtype=torch.int64)
-    for start in range(0, rows.size, chunk):
-        part = slice(start, start + chunk)
-        cells = np.multiply(rows[part], cell_type(num_columns), dtype=cell_type, casting="unsafe")
-        np.add(cells, columns[part], out=cells, casting="unsafe")
-        if lanes > 1:
-            cells += lane_start[:cells.size]
-        counts += torch.bincount(torch.from_numpy(cells), minlength=lanes * bins)
-    return counts.view(lanes, num_rows, num_columns).sum(0).numpy()
+    label, prediction = _tensor(label), _tensor(prediction)
+    count = torch.ops.hiervl.confusion_counts if has_kernel("cpu") else _count_without_kernel
+    return count(label, prediction, num_classes, ignore_label).numpy()
+
+
+def _tensor(array):
+    """The array flat and contiguous, in its own type if the kernel knows it."""
+    array = np.ascontiguousarray(array).reshape(-1)
+    return torch.from_numpy(array if array.dtype in _KERNEL_TYPES else array.astype(np.int64))
+
+
+def _count_without_kernel(label, prediction, k, ignore_label):
+    """hiervl::confusion_counts in PyTorch."""
+    counts = torch.zeros((k + 2) * (k + 1), dtype=torch.int64)
+    for truth, guess in zip(label.split(_CHUNK), prediction.split(_CHUNK)):
+        truth, guess = truth.long(), guess.long()
+        outside = torch.where(truth == ignore_label, k, k + 1)
+        rows = torch.where((truth >= 0) & (truth < k), truth, outside)
+        columns = torch.where((guess >= 0) & (guess < k), guess, k)
+        counts += torch.bincount(rows * (k + 1) + columns, minlength=len(counts))
+    return counts.view(k + 2, k + 1)
 
 
 @dataclass(frozen=True)
@@ -204,7 +162,3 @@ def scores(counts: np.ndarray) -> Scores:
 def _ratio(part, whole):
     """part / whole, NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
-
-
-def _range(values):
-    return f"{values.min()} to {values.max()}"

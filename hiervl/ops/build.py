@@ -1,4 +1,4 @@
-"""Build the kernels of the operator: ``python -m hiervl.ops.build``.
+"""Build the kernels of the operators: ``python -m hiervl.ops.build``.
 
 The CPU kernel needs a C++20 compiler (``CXX``, else c++). The CUDA kernel is built as well when
 torch is a CUDA build, nvcc is there (``CUDA_HOME``, else the PATH), and it is known for which GPUs:
@@ -85,13 +85,15 @@ def link(objects: list[Path], target: Path, libraries: list[str | Path]) -> None
 
 
 def build_cpu(scratch: Path) -> None:
-    """Compile and link the CPU kernel."""
+    """Compile and link the CPU kernels."""
     sets: dict[str, list[str]] = {"baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         sets |= X86_INSTRUCTION_SETS
     x86 = ["-DHIERVL_X86_OBJECTS"] if len(sets) > 1 else []
     objects = [scratch / "binding_cpu.o"]
     commands = [[*compiler(), "-O2", *x86, "-c", SOURCES / "binding_cpu.cpp", "-o", objects[0]]]
+    objects.append(scratch / "confusion_cpu.o")
+    commands.append([*compiler(), "-O3", "-c", SOURCES / "confusion_cpu.cpp", "-o", objects[-1]])
     for name, flags in sets.items():
         objects.append(scratch / f"cpu_kernel_{name}.o")
         isa = [*flags, f"-DHIERVL_ISA={name}"]

@@ -1,6 +1,6 @@
-"""The operator's registration with torch, and the compiled kernels behind it.
+"""The operators' registration with torch, and the compiled kernels behind them.
 
-The schema, shapes (fake tensors), and derivative are declared here, so they are the same for all
+The schemas, shapes (fake tensors), and derivative are declared here, so they are the same for all
 devices; the kernels come from shared objects beside this file, one for each device type. Their
 names carry torch's version and a digest of the sources: a kernel built for another torch, or from
 older sources, is not loaded but counts as absent.
@@ -26,6 +26,10 @@ torch.library.define(
     "hiervl::ms_deform_attn_backward",
     "(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, SymInt[] level_start, Tensor sampling_locations, "
     "Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+)
+# (K + 2, K + 1) int64: row K counts the ignored pixels, row K + 1 and column K what is out of range. CPU only.
+torch.library.define(
+    "hiervl::confusion_counts", "(Tensor label, Tensor prediction, int num_classes, int ignore_label) -> Tensor"
 )
 torch.library.define("hiervl::cpu_instruction_set", "(str request='') -> str")
 
@@ -89,8 +93,8 @@ def _load(device_type: str) -> bool:
         others = list(path.parent.glob(f"_{device_type}-*.so"))
         reason = "it was built from other sources or for another torch" if others else "it has not been built"
     warnings.warn(
-        f"the {device_type} kernel of ms_deform_attn is missing: {reason}. The much slower PyTorch path is used; "
-        f"build the kernel with `{BUILD_COMMAND}`.",
+        f"the {device_type} kernels of hiervl.ops are missing: {reason}. The much slower PyTorch path is used; "
+        f"build them with `{BUILD_COMMAND}`.",
         stacklevel=2,
     )
     return False
@@ -98,7 +102,7 @@ def _load(device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def has_kernel(device_type: str) -> bool:
-    """Whether tensors on ``device_type`` have a compiled kernel; loads it, or warns, at the first question."""
+    """Whether tensors on ``device_type`` have compiled kernels; loads them, or warns, at the first question."""
     if device_type not in _loaded:
         _loaded[device_type] = _load(device_type) if device_type in ("cpu", "cuda") else False
     return _loaded[device_type]

@@ -5,17 +5,26 @@ import torch
 
 from hiervl.errors import UserError
 from hiervl.evaluation import ConfusionMatrix, scores
-from hiervl.evaluation.confusion import histogram_2d
+from hiervl.ops import extension
 
 
-def random_maps(k, shape=(37, 53), ignore=255, dtype=np.uint8, absent=(), seed=0):
+@pytest.fixture(params=[True, False], ids=["kernel", "torch"], autouse=True)
+def built(request, monkeypatch):
+    """Everything is tested with the compiled kernel, where there is one, and without."""
+    if not request.param:
+        monkeypatch.setitem(extension._loaded, "cpu", False)
+    elif not extension.has_kernel("cpu"):
+        pytest.skip(f"the CPU kernel is not built: {extension.BUILD_COMMAND}")
+
+
+def random_maps(k, shape=(37, 53), ignore=255, dtype=np.uint8, absent=(), seed=0, prediction_dtype=np.int64):
     """A label map with ignored pixels and a prediction that is right about half the time."""
     rng = np.random.default_rng(seed)
     present = np.setdiff1d(np.arange(k), absent)
     label = rng.choice(present, shape)
     prediction = np.where(rng.random(shape) < 0.5, label, rng.choice(present, shape))
     label[rng.random(shape) < 0.2] = ignore
-    return label.astype(dtype), prediction.astype(np.int64)
+    return label.astype(dtype), prediction.astype(prediction_dtype)
 
 
 def count_by_hand(label, prediction, k, ignore):
@@ -26,17 +35,19 @@ def count_by_hand(label, prediction, k, ignore):
     return counts
 
 
+@pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("k, ignore, dtype", [
     (1, 255, np.uint8), (2, 255, np.uint8), (11, 255, np.uint8), (19, 200, np.uint8), (19, 300, np.uint8),
     (150, 255, np.uint8), (255, 255, np.uint8), (256, 65535, np.int32), (256, 300, np.uint8),
     (300, 65535, np.uint16), (300, 65535, np.int32), (19, -1, np.int32), (1000, 65535, np.int64),
 ])
-def test_equals_counting_by_hand(k, ignore, dtype):
+def test_equals_counting_by_hand(k, ignore, dtype, narrow):
     matrix = ConfusionMatrix(k, ignore)
+    prediction_dtype = (np.uint8 if k <= 256 else np.int16) if narrow else np.int64  # narrow: as top_class has it
     in_dtype = ignore if np.iinfo(dtype).min <= ignore <= np.iinfo(dtype).max else 0
     expected, ignored = np.zeros((k, k), np.int64), 0
     for seed in range(2):
-        label, prediction = random_maps(k, ignore=in_dtype, dtype=dtype, seed=seed)
+        label, prediction = random_maps(k, ignore=in_dtype, dtype=dtype, seed=seed, prediction_dtype=prediction_dtype)
         matrix.update(label, prediction)
         expected += count_by_hand(label, prediction, k, ignore)
         ignored += int((label.astype(np.int64) == ignore).sum())
@@ -44,30 +55,27 @@ def test_equals_counting_by_hand(k, ignore, dtype):
     assert matrix.ignored == ignored
 
 
-def test_images_larger_than_a_chunk_and_views():
-    label, prediction = random_maps(19, shape=(700, 801))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_larger_than_a_chunk_and_views(threads):
+    label, prediction = random_maps(19, shape=(1400, 801))
     label, prediction = label[::2, ::-1], prediction.astype(np.uint8)[::2, ::-1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     matrix = ConfusionMatrix(19)
     matrix.update(label, prediction)
+    torch.set_num_threads(before)
     valid = label != 255
     expected = np.bincount(19 * label[valid].astype(np.int64) + prediction[valid], minlength=19 * 19)
     assert np.array_equal(matrix.counts.ravel(), expected)
+    assert matrix.ignored == (~valid).sum()
 
 
-def test_more_pixels_in_a_cell_than_float32_can_count():
-    label = np.zeros((4097, 4099), np.uint8)  # an odd number above 2**24
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (1, 3), (5, 1), (1, 1025), (3, 2049)])
+def test_any_number_of_pixels(shape):
+    label, prediction = random_maps(2, shape)
     matrix = ConfusionMatrix(2)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        matrix.update(label, label)
-    assert matrix.counts[0, 0] == matrix.counts.sum() == 2 * label.size
-
-
-@pytest.mark.parametrize("pixels", [0, 1, 3, 5])
-def test_histogram_of_a_few_pixels(pixels):
-    rows, columns = np.arange(pixels) % 2, np.arange(pixels) % 3
-    table = histogram_2d(rows, 2, columns, 3)
-    assert table.sum() == pixels and table.shape == (2, 3)
+    matrix.update(label, prediction)
+    assert np.array_equal(matrix.counts, count_by_hand(label, prediction, 2, 255))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
@@ -82,9 +90,13 @@ def test_label_out_of_range_names_the_file_and_counts_nothing(dtype, k, bad):
     assert not matrix.counts.any() and matrix.ignored == 0
 
 
-def test_negative_label_is_out_of_range():
-    with pytest.raises(UserError, match="label -1"):
-        ConfusionMatrix(3).update(np.full((2, 2), -1, np.int32), np.zeros((2, 2), np.int64))
+@pytest.mark.parametrize("dtype, bad", [(np.int32, -1), (np.int32, 2**31 - 1), (np.int64, 2**32 + 1),
+                                        (np.int64, -2**63), (np.uint16, 65534)])
+def test_label_far_out_of_range(dtype, bad):
+    label = np.zeros((2, 2), dtype)
+    label[1] = bad
+    with pytest.raises(UserError, match=rf"label {bad} \(2 pixels"):
+        ConfusionMatrix(3).update(label, np.zeros((2, 2), np.uint8))
 
 
 def test_ignore_label_must_not_be_a_class():
@@ -92,10 +104,16 @@ def test_ignore_label_must_not_be_a_class():
         ConfusionMatrix(256, 255)
 
 
-@pytest.mark.parametrize("prediction", [np.full((2, 2), 3), np.full((2, 2), -1), np.zeros((2, 3), int)])
-def test_wrong_predictions_are_bugs(prediction):
-    with pytest.raises(ValueError):
-        ConfusionMatrix(3).update(np.zeros((2, 2), np.uint8), prediction)
+@pytest.mark.parametrize("prediction, message", [
+    (np.full((2, 2), 3), "3 to 3"), (np.full((2, 2), -1, np.int16), "-1 to -1"), (np.full((2, 2), 2**32), "outside"),
+    (np.full((2, 2), 255, np.uint8), "outside"), (np.zeros((2, 3), int), "differ in shape"),
+])
+@pytest.mark.parametrize("label", [0, 255])
+def test_wrong_predictions_are_bugs(prediction, message, label):
+    matrix = ConfusionMatrix(3)
+    with pytest.raises(ValueError, match=message):
+        matrix.update(np.full((2, 2), label, np.uint8), prediction)
+    assert not matrix.counts.any() and matrix.ignored == 0
 
 
 def test_merging_equals_counting_together():

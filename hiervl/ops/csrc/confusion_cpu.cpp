@@ -1,0 +1,107 @@
+// Counts pixels by (class in the ground truth, class predicted), for CPU tensors of integers.
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <mutex>
+#include <type_traits>
+
+namespace hiervl {
+namespace {
+
+// Label maps are smooth: neighbours fall into one cell, and each increment waits for the one before
+// it. So neighbours count in copies of the table, where these are small.
+constexpr int64_t kCopies = 4;
+constexpr int64_t kSmallTable = int64_t{1} << 15;  // cells
+constexpr int64_t kBlock = 1024;  // pixels whose cells are numbered at a time, in vector code
+constexpr int64_t kGrain = int64_t{1} << 16;  // pixels below which a thread is not worth waking
+constexpr int64_t kMostClasses = int64_t{1} << 15;  // cells are numbered in 32 bits
+
+// What the numbers are compared in: `int` allows vector code on every processor.
+template <typename T>
+using Wide = std::conditional_t<sizeof(T) == 8, int64_t, int>;
+
+// Row K holds the ignored pixels, row K + 1 and column K what is out of range.
+template <typename Label, typename Prediction>
+void number_cells(const Label* __restrict label, const Prediction* __restrict prediction, int64_t count, int classes,
+                  int ignore_label, int* __restrict cell) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Wide<Label> truth = label[i];
+    const Wide<Prediction> guess = prediction[i];
+    const int outside = truth == ignore_label ? classes : classes + 1;
+    const int row = truth >= 0 && truth < classes ? static_cast<int>(truth) : outside;
+    const int column = guess >= 0 && guess < classes ? static_cast<int>(guess) : classes;
+    cell[i] = row * (classes + 1) + column;
+  }
+}
+
+// Adds the pixels to `copies` of a table that lie `distance` apart, 0 where there is only one.
+template <typename Label, typename Prediction>
+void add_pixels(const Label* label, const Prediction* prediction, int64_t pixels, int classes, int ignore_label,
+                int64_t* table, int64_t distance) {
+  int cell[kBlock];
+  for (int64_t first = 0; first < pixels; first += kBlock) {
+    const int64_t count = std::min(kBlock, pixels - first);
+    number_cells(label + first, prediction + first, count, classes, ignore_label, cell);
+    int64_t i = 0;
+    for (; i + kCopies <= count; i += kCopies) {
+      for (int64_t copy = 0; copy < kCopies; ++copy) ++table[copy * distance + cell[i + copy]];
+    }
+    for (; i < count; ++i) ++table[cell[i]];
+  }
+}
+
+template <typename Label, typename Prediction>
+void count(const Label* label, const Prediction* prediction, int64_t pixels, int classes, int ignore_label,
+           at::Tensor& result) {
+  const int64_t cells = result.numel(), copies = cells <= kSmallTable ? kCopies : 1;
+  std::mutex adding;
+  // Adding up large tables must not cost more than the counting.
+  at::parallel_for(0, pixels, std::max(kGrain, 4 * cells), [&](int64_t begin, int64_t end) {
+    at::Tensor tables = at::zeros({copies, cells}, at::kLong);
+    int64_t* table = tables.mutable_data_ptr<int64_t>();
+    add_pixels(label + begin, prediction + begin, end - begin, classes, ignore_label, table, copies > 1 ? cells : 0);
+    const std::lock_guard<std::mutex> lock(adding);
+    int64_t* sum = result.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < copies * cells; ++i) sum[i % cells] += table[i];
+  });
+}
+
+// Call f with a pointer of the tensor's element type.
+template <typename F>
+void with_data(const at::Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kByte: return f(tensor.const_data_ptr<uint8_t>());
+    case at::kShort: return f(tensor.const_data_ptr<int16_t>());
+    case at::kInt: return f(tensor.const_data_ptr<int32_t>());
+    case at::kLong: return f(tensor.const_data_ptr<int64_t>());
+    default:
+      TORCH_CHECK(false, "confusion_counts: expected uint8, int16, int32 or int64, got ", tensor.scalar_type());
+  }
+}
+
+at::Tensor confusion_counts(const at::Tensor& label_in, const at::Tensor& prediction_in, int64_t classes,
+                            int64_t ignore_label) {
+  TORCH_CHECK(label_in.sizes() == prediction_in.sizes(), "confusion_counts: label ", label_in.sizes(),
+              " and prediction ", prediction_in.sizes(), " differ in shape");
+  TORCH_CHECK(classes > 0 && classes <= kMostClasses, "confusion_counts: ", classes, " classes; at most ",
+              kMostClasses, " can be counted");
+  TORCH_CHECK(ignore_label == static_cast<int>(ignore_label), "confusion_counts: ignore label ", ignore_label,
+              " has more than 32 bits");
+  const at::Tensor label = label_in.contiguous(), prediction = prediction_in.contiguous();
+  at::Tensor result = at::zeros({classes + 2, classes + 1}, at::kLong);
+  with_data(label, [&](const auto* labels) {
+    with_data(prediction, [&](const auto* predictions) {
+      count(labels, predictions, label.numel(), static_cast<int>(classes), static_cast<int>(ignore_label), result);
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace hiervl
+
+TORCH_LIBRARY_IMPL(hiervl, CPU, m) {
+  m.impl("confusion_counts", &hiervl::confusion_counts);
+}
