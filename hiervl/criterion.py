@@ -162,18 +162,18 @@ class Criterion(nn.Module):
         for b, weight in enumerate(targets.image_weight):
             own = image == b
             logits = embed[layer[own], b, query[own]] @ read[b].t()  # (T_b, S)
-            losses = self._where_uncertain(logits, self.num_points, points.segment[b].expand_as(logits),
-                                           points.weight[b].expand_as(logits), segment[own])
+            losses = self._where_uncertain(logits, self.num_points, points.segment, points.weight, image[own],
+                                           segment[own])
             total = total + weight * torch.stack([loss.sum() for loss in losses])
         return total / normalizers.masks.clamp(min=1)
 
-    def _where_uncertain(self, logits, num_points, reference, weight, wanted):
+    def _where_uncertain(self, logits, num_points, reference, weight, image, wanted):
         """Per mask, cross-entropy and dice at some of its points: those where it is least certain and, for the rest,
         random ones.
 
         Args:
-            logits: (T, S). reference: (T, S) ids; the true mask i is where reference equals wanted[i] (T,).
-            weight: (T, S) validity.
+            logits: (T, S). image: (T,), whose they are. reference: (B, S) ids; the true mask i is where its image's
+            reference equals wanted[i] (T,). weight: (B, S) validity.
         Returns:
             two tensors (T,).
         """
@@ -181,8 +181,8 @@ class Criterion(nn.Module):
         best = logits.detach().abs().topk(chosen, dim=1, largest=False, sorted=False).indices
         random = torch.randint(logits.shape[1], (len(logits), num_points - chosen), device=logits.device)
         index = torch.cat((best, random), dim=1)
-        logits, weight = logits.gather(1, index), weight.gather(1, index)
-        truth = (reference.gather(1, index) == wanted[:, None]).to(logits)
+        logits, weight = logits.gather(1, index), weight[image[:, None], index]
+        truth = (reference[image[:, None], index] == wanted[:, None]).to(logits)
         return sigmoid_ce_loss(logits, truth, weight), dice_loss(logits, truth, weight)
 
     def _semantic_losses(self, presence, regions, targets, points, normalizers):
@@ -193,8 +193,8 @@ class Criterion(nn.Module):
         image, kind = targets.present.nonzero(as_tuple=True)  # (T,) each
         logits = regions[:, image, :, kind].flatten(0, 2)  # (T, L, E, P) -> (T*L*E, P)
         image, kind = (x.repeat_interleave(num_layers * num_scales) for x in (image, kind))
-        mask, dice = self._where_uncertain(logits, max(logits.shape[1] // num_scales, 1), points.label[image],
-                                           points.weight[image], kind)
+        mask, dice = self._where_uncertain(logits, max(logits.shape[1] // num_scales, 1), points.label, points.weight,
+                                           image, kind)
         share = targets.image_weight[image] / (num_scales * normalizers.regions.clamp(min=1))
         empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4))  # (L, E, K', B)
         empty = (empty * targets.absent.t()).sum(2) / targets.absent.sum(1).clamp(min=1)  # (L, E, B)

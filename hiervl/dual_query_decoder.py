@@ -44,11 +44,11 @@ class QueryPredictions:
 
     def masks(self, mask_features) -> torch.Tensor:
         """Mask logits of the instance queries: M (B, Cm, h, w) -> (B, N, h, w)."""
-        return torch.einsum("bnc,bchw->bnhw", self.mask_embed, mask_features)
+        return torch.einsum("bnc,bchw->bnhw", self.mask_embed.float(), mask_features.float())
 
     def regions(self, mask_features) -> torch.Tensor:
         """Mask logits of the semantic queries: M (B, Cm, h, w) -> (B, E, K', h, w)."""
-        return torch.einsum("bekc,bchw->bekhw", self.region_embed, mask_features)
+        return torch.einsum("bekc,bchw->bekhw", self.region_embed.float(), mask_features.float())
 
     def evidence(self, mask_features, scores, relevance=None) -> torch.Tensor:
         """Evidence (B, K', h, w) for the kept classes, by `scores` (ClassScores)."""

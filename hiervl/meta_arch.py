@@ -18,7 +18,7 @@ from .points import SharedPoints
 from .query_generator import KeptClasses, QueryGenerator
 from .regularizers import LABELED, PSEUDO, Regularizers, View
 from .spatial_alignment import Aligned, SpatialAlignment
-from .targets import SEGMENTS, build_targets
+from .targets import SEGMENTS, build_targets, most_frequent_classes
 from .text import ClassText
 
 
@@ -83,9 +83,8 @@ class HierVL(nn.Module):
         self.test_mode, self.window, self.stride = test_mode, window, stride
         self.regularizers = regularizers
         self.kept_only = kept_only
-        # Names seen in training, distractors too. The teacher cuts none: its probabilities must not lack a class.
+        # Names seen in training, distractors too.
         self.trained_names = frozenset([*class_names, *(text.distractors()[0] if text else ())])
-        self.may_cut = True
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -97,6 +96,11 @@ class HierVL(nn.Module):
                             "those that there are.")
         if cfg.TEST.MODE not in ("whole", "sliding"):
             raise UserError(f"TEST.MODE: {cfg.TEST.MODE!r} is not one of whole, sliding.")
+        if cfg.TEST.KEPT_ONLY and cfg.TEST.MODE == "sliding":
+            raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole: every window keeps other classes.")
+        if cfg.MODEL.SIZE_DIVISIBILITY % 32:
+            raise UserError(f"MODEL.SIZE_DIVISIBILITY is {cfg.MODEL.SIZE_DIVISIBILITY}; it must be a multiple of 32, "
+                            "the stride of res5.")
         if cfg.MODEL.CRITERION.SEGMENTS not in SEGMENTS:
             raise UserError(f"MODEL.CRITERION.SEGMENTS: {cfg.MODEL.CRITERION.SEGMENTS!r} is not one of "
                             f"{', '.join(SEGMENTS)}.")
@@ -112,7 +116,7 @@ class HierVL(nn.Module):
                 "segments": cfg.MODEL.CRITERION.SEGMENTS, "min_area": cfg.MODEL.CRITERION.MIN_AREA,
                 "things": [k for k, name in enumerate(class_names) if name in things],
                 "test_mode": cfg.TEST.MODE, "window": cfg.TEST.WINDOW, "stride": cfg.TEST.STRIDE,
-                "kept_only": cfg.TEST.KEPT_ONLY, "regularizers": Regularizers(cfg, backbone),
+                "kept_only": cfg.TEST.KEPT_ONLY, "regularizers": Regularizers(cfg, backbone, text),
                 **_language_modules(cfg, text, shapes["res5"].channels)}
 
     @property
@@ -153,7 +157,9 @@ class HierVL(nn.Module):
         losses = {}
         for kind, part, targets in kinds:
             own = normalizers[kind] if normalizers else self.criterion.normalizers(targets, self.decoder.num_queries)
-            result = self._losses(kind, output[part], targets, images[part], batched_inputs[part], own)
+            # Losses and what they compare keep float32 under autocast.
+            with torch.autocast(self.device.type, enabled=False):
+                result = self._losses(kind, output[part], targets, images[part], batched_inputs[part], own)
             prefix = "loss_" if kind == LABELED else "loss_u_"
             losses.update({name.replace("loss_", prefix): value for name, value in result.items()})
         return losses
@@ -174,15 +180,19 @@ class HierVL(nn.Module):
         points = SharedPoints.draw(kept, self.criterion.num_candidates)
         losses = self.criterion(output.layers, output.mask_features, kept, points, self.scores, normalizers, relevance)
         if self.regularizers is not None:
-            view = View(output, targets, kept, points.first(self.criterion.num_points), images, self._teacher(inputs))
+            view = View(kind, output, targets, kept, points.first(self.criterion.num_points), images,
+                        self._teacher(inputs))
             # A regularizer is a mean over images; these are but a part of all that are added up.
             share = len(images) / normalizers.images.clamp(min=1)
-            losses |= {name: value * share for name, value in self.regularizers(self, view, kind).items()}
+            losses |= {name: value * share for name, value in self.regularizers(self, view).items()}
         return losses
 
     def _teacher(self, inputs):
         said = [x["teacher"] for x in inputs if "teacher" in x]
-        return {key: torch.stack([x[key] for x in said]).to(self.device) for key in said[0]} if said else None
+        if not said:
+            return None
+        stacked = {key: torch.stack([x[key] for x in said]).to(self.device) for key in said[0]}
+        return stacked | {"valid": self._pad(stacked["valid"], False)}
 
     def _names(self, distractors=False):
         """T' (V, Dt) of the classes and, behind them, of the distractors; and all their texts (V, R, Dt), or None if
@@ -231,17 +241,19 @@ class HierVL(nn.Module):
         layers = self.decoder(memory, mask_features, kept.text, semantic, last_only)
         return Output(layers, mask_features, features, kept, aligned)
 
-    def predict(self, images) -> Probabilities:
-        """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes."""
+    def predict(self, images, cut: bool = True) -> Probabilities:
+        """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes. cut: leave out classes of little relevance;
+        not so for pseudo-labels, where every class must have its probability."""
         height, width = images.shape[-2:]
         padded = self.preprocess(images)
         seen = None
-        if self.may_cut:
+        if cut:
             seen = torch.tensor([name in self.trained_names for name in self.class_names], device=self.device)
         names, variants = self._names()
         output = self.encode(padded, None, names, variants, seen=seen, size=(height, width), last_only=True)
         kept = output.kept
-        evidence = output.layers[-1].evidence(output.mask_features, self.scores, kept and kept.relevance)
+        with torch.autocast(self.device.type, enabled=False):  # a threshold of 0.95 needs more than 8 bits
+            evidence = output.layers[-1].evidence(output.mask_features, self.scores, kept and kept.relevance)
         # Only the K' class maps are brought to full size, not the masks of all queries.
         evidence = F.interpolate(evidence, size=padded.shape[-2:], mode="bilinear", align_corners=False)
         probability = self.scores.normalize(evidence[..., :height, :width])
@@ -271,18 +283,21 @@ class HierVL(nn.Module):
 
     def targets(self, batched_inputs):
         """The criterion's targets of training inputs, all labelled or all pseudo-labelled."""
-        sem_seg = self._stack(batched_inputs, "sem_seg")
+        sem_seg = self._pad(self._stack(batched_inputs, "sem_seg"), -1)
         weight = torch.stack([x["weight"] if "weight" in x else torch.ones(x["sem_seg"].shape)
                               for x in batched_inputs]).to(self.device, torch.float32)
+        weight = self._pad(weight, 0)
         pseudo = batched_inputs[0].get("pseudo", False)
         # The teacher draws no single objects: its regions are cut into components.
         segments = "components" if pseudo and self.segments == "instances" else self.segments
+        if pseudo and self.query_generator is not None:
+            weight = most_frequent_classes(sem_seg, weight, self.num_classes, self.query_generator.keep)
         return build_targets(
             sem_seg, weight, self.num_classes,
             image_weight=weight.new_tensor([x["image_weight"] for x in batched_inputs]) if pseudo else None,
             unknown=self._stack(batched_inputs, "unknown") if pseudo else None,
             segments=segments, min_area=self.min_area, max_segments=self.decoder.num_queries // 2,
-            instances=self._stack(batched_inputs, "instances") if segments == "instances" else None,
+            instances=self._pad(self._stack(batched_inputs, "instances"), 0) if segments == "instances" else None,
             things=self.things)
 
     def normalizers(self, batched_inputs) -> dict:
@@ -291,6 +306,11 @@ class HierVL(nn.Module):
         for kind, _, targets in self._kinds(sorted(batched_inputs, key=lambda x: x.get("pseudo", False))):
             result[kind] = self.criterion.normalizers(targets, self.decoder.num_queries)
         return result
+
+    def _pad(self, maps, value):
+        """Maps (B, H, W) padded as images are, so that labels and mask features cover the same canvas."""
+        height, width = maps.shape[-2:]
+        return F.pad(maps, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility), value=value)
 
     def _stack(self, batched_inputs, key):
         value = torch.stack([x[key] for x in batched_inputs]).to(self.device, non_blocking=True)

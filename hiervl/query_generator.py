@@ -115,7 +115,8 @@ class QueryGenerator(nn.Module):
 
     def relevance(self, pixels, text, inside=None) -> torch.Tensor:
         """Pixel embeddings (B, Dt, h, w) and names (V, Dt) -> relevance logits (B, V)."""
-        evidence = text @ pixels.flatten(2) / self.temperature()  # (B, V, h*w)
+        with torch.autocast(pixels.device.type, enabled=False):
+            evidence = text @ pixels.flatten(2) / self.temperature()  # (B, V, h*w)
         if inside is not None:
             evidence = evidence.masked_fill(~shrink_mask(inside, pixels.shape[-2:]).flatten(), -torch.inf)
         return self.log_slope.exp() * evidence.logsumexp(2) + self.bias

@@ -5,6 +5,7 @@ the function, register it, add its weight under MODEL.REGULARIZERS.<NAME>. A wei
 is then not called.
 """
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,14 @@ class View:
     """What a regularizer sees of one kind of images, B of them.
 
     Attributes:
-        output: the network's Output. targets: in terms of all V names. kept_targets: in terms of the kept ones.
-        points: shared points, labels in terms of the kept classes. images: (B, 3, H, W), normalised and padded.
-        teacher: of pseudo-labelled images, what the teacher said of the weak view: {"pixel_text" (B, K, h, w),
-            "relevance" (B, K), "valid" (B, H, W), "mixed" (B,) bool, images with CutMix}; else None.
+        kind: LABELED or PSEUDO. output: the network's Output. targets: in terms of all V names. kept_targets: in terms
+            of the kept ones. points: shared points, labels in terms of the kept classes.
+        images: (B, 3, H, W), normalised and padded.
+        teacher: of pseudo-labelled images, what the teacher said of the weak view: {"pixel_text" (B, K, h, w), -1 for
+            classes that it did not keep, "relevance" (B, K), "valid" (B, H, W), "mixed" (B,) bool, images with CutMix}.
     """
 
+    kind: str
     output: object
     targets: Targets
     kept_targets: Targets
@@ -38,6 +41,7 @@ class View:
 
 
 LABELED, PSEUDO = "labeled", "pseudo"
+logger = logging.getLogger(__name__)
 REGULARIZERS = {}
 
 
@@ -62,30 +66,35 @@ class Regularizers:
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.boundary_weight, self.boundary_width = boundary_weight, boundary_width
         self.progress = 0.0
-        frozen = self.weights.keys() & {"vision", "guidance"}
-        self._initial = copy.deepcopy(backbone).eval().requires_grad_(False) if frozen else None
+        self.initial = None  # the backbone as it was before training
+        if self.weights.keys() & {"vision", "guidance"}:
+            self.keep_initial(backbone)
 
     @classmethod
-    def from_config(cls, cfg, backbone):
+    def from_config(cls, cfg, backbone, text):
         weights = {name: cfg.MODEL.REGULARIZERS[name.upper()] for name in REGULARIZERS}
         if weights["guidance"] and not hasattr(backbone, "dense_text_features"):
-            raise UserError("MODEL.REGULARIZERS.GUIDANCE needs a CLIP ViT as MODEL.BACKBONE.NAME; set it to 0.")
+            raise UserError("MODEL.REGULARIZERS.GUIDANCE needs a CLIP tower as MODEL.BACKBONE.NAME; set it to 0.")
+        can_learn = text is not None and (cfg.MODEL.TEXT.ADAPTER or cfg.MODEL.TEXT.CONTEXT_TOKENS)
+        lacking = {} if can_learn else {"language": "MODEL.TEXT.ADAPTER"}
+        if not cfg.MODEL.CMSAM.ENABLED:
+            lacking |= dict.fromkeys(("vision_language", "consistency", "guidance"), "MODEL.CMSAM.ENABLED")
         if not cfg.MODEL.HSQG.ENABLED:
-            weights = {}
-        elif not cfg.MODEL.CMSAM.ENABLED:
-            weights |= {"vision_language": 0.0, "consistency": 0.0, "guidance": 0.0}
-        return {"backbone": backbone, "weights": weights, "boundary_weight": cfg.MODEL.CMSAM.BOUNDARY_WEIGHT,
-                "boundary_width": cfg.MODEL.CMSAM.BOUNDARY_WIDTH}
+            lacking |= dict.fromkeys(("relevance", "diversity", "contrastive"), "MODEL.HSQG.ENABLED")
+        for name, key in lacking.items():
+            if weights[name]:
+                logger.info("Regularizer %s is off, as is %s", name, key)
+        return {"backbone": backbone, "weights": weights | dict.fromkeys(lacking, 0.0),
+                "boundary_weight": cfg.MODEL.CMSAM.BOUNDARY_WEIGHT, "boundary_width": cfg.MODEL.CMSAM.BOUNDARY_WIDTH}
 
-    def initial_backbone(self, device):
-        """The backbone as it was before training; it is no part of the checkpoint."""
-        self._initial.to(device)
-        return self._initial
+    def keep_initial(self, backbone):
+        """Freeze a copy of this backbone as the initial one; to be called again when its weights were loaded."""
+        self.initial = copy.deepcopy(backbone).eval().requires_grad_(False)
 
-    def __call__(self, network, view, kind) -> dict:
-        """{"loss_<name>": weight * value} of the regularizers for this kind of images."""
+    def __call__(self, network, view) -> dict:
+        """{"loss_<name>": weight * value} of the regularizers for the view's kind of images."""
         return {f"loss_{name}": weight * REGULARIZERS[name][0](network, view)
-                for name, weight in self.weights.items() if kind in REGULARIZERS[name][1]}
+                for name, weight in self.weights.items() if view.kind in REGULARIZERS[name][1]}
 
 
 @register(LABELED)
@@ -99,7 +108,7 @@ def vision_language(network, view):
     """Cross-entropy of the pixel-text scores at the shared points; near the boundaries of labelled images more."""
     scores = sample_maps(view.output.aligned.scores, view.points.places).transpose(1, 2)  # (B, K', P)
     loss = F.cross_entropy(scores / network.alignment.score_temperature(), view.points.label, reduction="none")
-    if view.teacher is None:
+    if view.kind == LABELED:
         settings = network.regularizers
         near = boundaries(view.kept_targets, settings.boundary_width).flatten(1).gather(1, view.points.index)
         loss = loss * (1 + settings.boundary_weight * near)
@@ -142,7 +151,7 @@ def contrastive(network, view):
 def vision(network, view):
     """Distance of the trained backbone's global embedding from its frozen initial one: 1 - cosine."""
     with torch.no_grad():
-        initial = network.regularizers.initial_backbone(network.device)(view.images)["res5"].mean((2, 3))
+        initial = network.regularizers.initial.to(network.device)(view.images)["res5"].mean((2, 3))
     own = view.output.features["res5"].mean((2, 3))
     return (1 - F.cosine_similarity(own.float(), initial.float(), dim=1)).mean()
 
@@ -156,7 +165,8 @@ def consistency(network, view):
     index = output.kept.index.clamp(max=num_classes - 1)[..., None, None]  # (B, K', 1, 1)
     expected = teacher["pixel_text"].gather(1, index.expand(-1, -1, *teacher["pixel_text"].shape[2:]))
     inside = F.adaptive_avg_pool2d(teacher["valid"].float(), expected.shape[2:])[:, None]  # (B, 1, h, w)
-    inside = inside * (output.kept.index < num_classes)[..., None, None]  # the teacher knows no distractors
+    # The teacher knows no distractors, and nothing of classes that it did not keep.
+    inside = inside * (output.kept.index < num_classes)[..., None, None] * (expected > -1)
     apart = (output.aligned.scores - expected) ** 2
     maps = (apart * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
     presence = ((output.kept.logits[:, :num_classes].sigmoid() - teacher["relevance"]) ** 2).mean(1)
@@ -165,15 +175,19 @@ def consistency(network, view):
 
 @register(PSEUDO)
 def guidance(network, view):
-    """The frozen initial CLIP tower's dense text scores guide the pixel-text scores; annealed to 0 over the run."""
+    """The frozen initial CLIP tower's dense text scores guide the pixel-text scores of the kept classes (not of the
+    distractors); annealed to 0 over the run."""
+    index = view.output.kept.index
+    distractor = (index >= network.num_classes)[..., None, None]  # (B, K', 1, 1)
     with torch.no_grad():
-        initial = network.regularizers.initial_backbone(network.device)
+        initial = network.regularizers.initial.to(network.device)
         dense = F.normalize(initial.dense_text_features(view.images).float(), dim=1)  # (B, Dt, h, w)
-        names = network.text.anchors()[view.output.kept.index.clamp(max=network.num_classes - 1)]  # (B, K', Dt)
-        expected = (torch.einsum("bkd,bdhw->bkhw", names, dense) / 0.1).softmax(1)
+        names = network.text.anchors()[index.clamp(max=network.num_classes - 1)]  # (B, K', Dt)
+        expected = torch.einsum("bkd,bdhw->bkhw", names, dense) / 0.1
+        expected = expected.masked_fill(distractor, -torch.inf).softmax(1)
     scores = F.interpolate(view.output.aligned.scores, size=expected.shape[2:], mode="bilinear", align_corners=False)
-    log_own = (scores / network.alignment.score_temperature()).log_softmax(1)
-    return (1 - network.regularizers.progress) * -(expected * log_own).sum(1).mean()
+    own = (scores / network.alignment.score_temperature()).masked_fill(distractor, -1e4)
+    return (1 - network.regularizers.progress) * -(expected * own.log_softmax(1)).sum(1).mean()
 
 
 def boundaries(targets: Targets, width: int) -> torch.Tensor:

@@ -54,8 +54,9 @@ class ScaleAlignment(nn.Module):
 
     def align(self, queries, pixels):
         """A: queries (B, K', d), pixels (B, C, h, w) -> cosines (B, K', h, w)."""
-        keys = unit(self.pixel(pixels).float()).flatten(2)  # (B, d, h*w)
-        alignment = F.normalize(self.query(queries).float(), dim=2) @ keys
+        keys, queries = self.pixel(pixels).float(), self.query(queries).float()
+        with torch.autocast(pixels.device.type, enabled=False):  # temperatures down to 0.02 would show 8 bits
+            alignment = F.normalize(queries, dim=2) @ unit(keys).flatten(2)  # (B, K', h*w)
         return alignment.unflatten(2, pixels.shape[-2:])
 
     def exchange(self, queries, log_relevance, pixels, alignment, inside=None):

@@ -61,6 +61,18 @@ class Targets:
                        unknown=F.pad(self.unknown, (0, more)).gather(1, index))
 
 
+def most_frequent_classes(sem_seg, weight, num_classes, keep):
+    """Weight (B, H, W) without the pixels of all but the `keep` most frequent classes of each image: noise must not
+    show more classes than can be kept."""
+    if num_classes <= keep:
+        return weight
+    known = (sem_seg >= 0) & (sem_seg < num_classes)
+    label = torch.where(known, sem_seg, 0).flatten(1)
+    counts = weight.new_zeros(len(sem_seg), num_classes).scatter_add(1, label, (weight * known).flatten(1))
+    frequent = torch.zeros_like(counts, dtype=torch.bool).scatter(1, counts.topk(keep, dim=1).indices, True)
+    return weight * (frequent.gather(1, label).view_as(sem_seg) & known)
+
+
 def build_targets(sem_seg, weight, num_classes, *, image_weight=None, unknown=None, segments="class_regions",
                   min_area=64, max_segments=50, instances=None, things=()) -> Targets:
     """

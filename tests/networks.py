@@ -23,12 +23,12 @@ def make_network(classes=4, kind="text", embeddings=None, keep=48, weights=None,
     torch.manual_seed(0)
     backbone = changes.get("backbone") or TimmBackbone(name="lcnet_050")
     vectors = torch.randn(classes, TEXT_DIM) if embeddings is None else embeddings
-    head = LinearClassifier(DIM, classes) if kind == "linear" else TextClassifier(DIM, TEXT_DIM)
+    head = LinearClassifier(DIM, classes) if kind == "linear" else TextClassifier(DIM, vectors.shape[1])
     options = {"backbone": backbone, "class_names": [f"class {k}" for k in range(len(vectors))],
                "text": None if kind == "linear" else ClassText(vectors, adapter=kind == "hiervl"),
                "pixel_decoder": PixelDecoder(backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1,
                                              num_heads=4, num_points=2, feedforward_dim=32,
-                                             text_dim=TEXT_DIM if kind == "hiervl" else 0),
+                                             text_dim=vectors.shape[1] if kind == "hiervl" else 0),
                "decoder": QueryDecoder(memory_dim=DIM, mask_dim=DIM, hidden_dim=DIM, num_queries=6, num_heads=4,
                                        num_layers=3, feedforward_dim=32, classifier=head, semantic=kind == "hiervl"),
                "criterion": Criterion(matcher=HungarianMatcher(2.0, 5.0, 5.0), class_weight=2.0, mask_weight=5.0,
@@ -40,8 +40,8 @@ def make_network(classes=4, kind="text", embeddings=None, keep=48, weights=None,
                "stride": (48, 48)}
     if kind == "hiervl":
         res5 = backbone.output_shape()["res5"].channels
-        options |= {"query_generator": QueryGenerator(feature_dim=res5, text_dim=TEXT_DIM, hidden_dim=DIM, keep=keep,
-                                                      min_relevance=0.05),
+        options |= {"query_generator": QueryGenerator(feature_dim=res5, text_dim=vectors.shape[1], hidden_dim=DIM,
+                                                      keep=keep, min_relevance=0.05),
                     "alignment": SpatialAlignment(dim=DIM, memory_dim=DIM),
                     "regularizers": Regularizers(backbone, weights=WEIGHTS if weights is None else weights,
                                                  boundary_weight=1.0, boundary_width=2)}

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hiervl.errors import UserError
+from hiervl.points import SharedPoints, sample_maps
 
 from .networks import make_network, pseudo_input, training_input
 
@@ -84,10 +85,9 @@ def test_a_window_as_large_as_the_image_is_the_whole_image():
 def test_evidence_is_what_mask2former_computes_at_full_size_up_to_interpolation(kind):
     """Summing over queries before upsampling gives the labels of upsampling every query's mask first."""
     network = make_network(kind=kind).eval()
-    network.may_cut = False
     images = torch.rand(1, 3, 64, 64) * 255
     with torch.no_grad():
-        own = network.predict(images).dense().argmax(1)
+        own = network.predict(images, cut=False).dense().argmax(1)
         output = network.encode(network.preprocess(images), names=network.text())
         last, features = output.layers[-1], output.mask_features
 
@@ -121,7 +121,8 @@ def test_feature_dropout_drops_whole_channels_of_its_image_only():
 @kinds
 def test_bfloat16_autocast_stays_close(kind):
     network = make_network(kind=kind).eval()
-    network.may_cut = False
+    if kind == "hiervl":
+        network.query_generator.min_relevance = 0.0
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     full = network(image)[0]["sem_seg"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -164,13 +165,12 @@ def test_a_name_unseen_in_training_is_never_cut():
         assert network.predict(image).index.shape == (1, 1)
         network.trained_names = frozenset(["class 0", "class 1"])
         assert {2, 3, 4, 5} <= set(network.predict(image).index[0].tolist())
-        network.may_cut = False
-        assert network.predict(image).index.shape == (1, 6)
+        assert network.predict(image, cut=False).index.shape == (1, 6)
 
 
 def test_kept_only_gives_the_kept_classes_and_which_they_are():
     network = make_network(classes=9, kind="hiervl", keep=3).eval()
-    network.may_cut = False
+    network.query_generator.min_relevance = 0.0
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     dense = network(image)[0]["sem_seg"]
     network.kept_only = True
@@ -179,3 +179,30 @@ def test_kept_only_gives_the_kept_classes_and_which_they_are():
     torch.testing.assert_close(kept["sem_seg"], dense[kept["classes"]])
     others = sorted(set(range(9)) - set(kept["classes"].tolist()))
     assert (dense[others] == 0).all()
+
+
+@kinds
+def test_labels_and_masks_cover_the_same_canvas_when_crops_are_padded(kind):
+    """At a label's pixel, the logits that the losses read are those that inference shows there."""
+    network, size = make_network(kind=kind).eval(), 72  # padded to 96
+    sample = training_input(size=size)
+    with torch.no_grad():
+        images = network.preprocess(sample["image"][None].float())
+        output = network.encode(images, names=network.text())
+        masks = output.layers[-1].masks(output.mask_features)
+        shown = F.interpolate(masks, size=images.shape[-2:], mode="bilinear", align_corners=False)[..., :size, :size]
+    targets = network.targets([sample])
+    assert targets.weight[0, :size, :size].all() and targets.weight.sum() == size * size
+    points = SharedPoints.draw(targets, 500)
+    read = sample_maps(masks, points.places)[0]  # (P, N)
+    row, column = points.index[0] // 96, points.index[0] % 96
+    torch.testing.assert_close(read, shown[0, :, row, column].t())
+
+
+def test_noise_shows_no_more_classes_than_can_be_kept():
+    network = make_network(classes=6, kind="hiervl", keep=3).train()
+    noisy = pseudo_input(classes=6, teacher=True)
+    targets = network.targets([noisy])
+    counts = torch.bincount(noisy["sem_seg"].flatten(), minlength=6)
+    assert set(targets.labels[0].tolist()) == set(counts.topk(3).indices.tolist())
+    assert all(torch.isfinite(loss) for loss in network([noisy]).values())

@@ -54,7 +54,7 @@ class PseudoLabelHook(HookBase):
         images = torch.stack([x["image"] for x in unlabeled]).to(teacher.device).float()
         valid = torch.stack([x["valid"] for x in unlabeled]).to(teacher.device)
         with self.trainer.autocast():
-            said = teacher.predict(images)
+            said = teacher.predict(images, cut=False)
         return PseudoLabels.from_scores(
             said.dense().float(), valid, teacher.class_names, relevance=said.relevance,
             looked_for=said.spread(torch.ones_like(said.index, dtype=torch.bool)[..., None, None])[..., 0, 0],
@@ -97,8 +97,8 @@ class PseudoLabelHook(HookBase):
             return {}
         own = {"pixel_text": pseudo.pixel_text[i], "valid": pseudo.valid[i]}
         if box is not None:
-            scale = pseudo.valid.shape[-1] / pseudo.pixel_text.shape[-1]
-            own = {"pixel_text": paste([round(edge / scale) for edge in box], own["pixel_text"], pseudo.pixel_text[j]),
+            quarter = [round(edge / 4) for edge in box]  # pixel-text scores have stride 4
+            own = {"pixel_text": paste(quarter, own["pixel_text"], pseudo.pixel_text[j]),
                    "valid": paste(box, own["valid"], pseudo.valid[j])}
         return {"teacher": own | {"relevance": pseudo.relevance[i],
                                   "mixed": torch.tensor(box is not None, device=pseudo.valid.device)}}

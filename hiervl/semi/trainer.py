@@ -44,7 +44,6 @@ class SemiSupervisedTrainer(TrainerBase):
         self.model = create_ddp_model(self.student, broadcast_buffers=False)
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
-        self.teacher.model.may_cut = False
         self.optimizer = build_optimizer(cfg, self.student)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.max_iter = cfg.SOLVER.MAX_ITER

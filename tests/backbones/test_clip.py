@@ -13,7 +13,7 @@ from hiervl.backbones.frozen_norm import freeze_norms
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.pixel_decoder import PixelDecoder
-from tests.networks import DIM, make_network, training_input
+from tests.networks import DIM, make_network, pseudo_input, training_input
 
 EMBED = 24
 TOWERS = {
@@ -223,6 +223,20 @@ def test_the_network_trains_and_predicts_with_it(name):
     assert not [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
     image = torch.randint(0, 256, (3, 45, 71), dtype=torch.uint8)
     assert torch.isfinite(network.eval()([{"image": image}])[0]["sem_seg"]).all()
+
+
+def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed():
+    torch.manual_seed(0)
+    network = make_network(backbone=CLIPBackbone(make_visual("vit16")), embeddings=torch.randn(4, EMBED), kind="hiervl",
+                           weights={"guidance": 1.0}).train()
+    inputs = [pseudo_input(teacher=True)]
+    torch.manual_seed(1)
+    loss = network(inputs)["loss_u_guidance"]
+    loss.backward()
+    assert loss > 0 and (network.alignment.scales[2].pixel.weight.grad != 0).any()
+    assert all(p.grad is None for p in network.regularizers.initial.parameters())
+    network.regularizers.progress = 1.0
+    assert network(inputs)["loss_u_guidance"] == 0
 
 
 def test_towers_of_another_kind_are_refused():

@@ -147,7 +147,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert tool.main([*call, "MODEL.WEIGHTS", weights, "TEST.MODE", "sliding"]) == 2
     assert "set it to whole" in capsys.readouterr().err
     assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0
-    assert "bit-equal before and after K = 25." in capsys.readouterr().out
+    assert "bit-equal before and after K = 25, " in capsys.readouterr().out
     with open(tmp_path / "out" / "language.json") as file:
         result = json.load(file)
     names = [row["names"] for row in result["tables"]["Other words for the classes"]]
