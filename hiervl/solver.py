@@ -3,10 +3,17 @@ import torch
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+from torch import nn
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+# Bare parameters that say where something is or what kind it is, by the ends of their names.
+_POSITIONS = ("level_embed", "pos_embed", "positional_embedding", "class_embedding", "cls_token",
+              "relative_position_bias_table")
 
 
 def build_optimizer(cfg, model) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares norms and embeddings, the backbone learns at SOLVER.BACKBONE_MULTIPLIER."""
+    """AdamW; weight decay spares embeddings and vectors, norms have SOLVER.WEIGHT_DECAY_NORM, and the backbone learns
+    at SOLVER.BACKBONE_MULTIPLIER."""
     solver = cfg.SOLVER
 
     def factor(name):  # a ViT's feature pyramid has no pretrained weights to be careful with
@@ -21,8 +28,11 @@ def build_optimizer(cfg, model) -> torch.optim.Optimizer:
 
 
 def _spare_embeddings(model, groups):
-    """Query, level and no-object embeddings and scalars are positions, not filters: no decay (Mask2Former)."""
-    spared = {p for name, p in model.named_parameters() if p.ndim < 2 or "embed.weight" in name or "_feat." in name}
+    """Move embeddings, biases, gates and scalars to groups of their own: they are positions, not filters, and do not
+    decay (Mask2Former). Linear layers do, also those called class_embed or mask_embed."""
+    spared = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    spared |= {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(_POSITIONS)}
+    spared -= {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
     result = []
     for group in groups:
         for params, decay in (([p for p in group["params"] if p not in spared], group["weight_decay"]),

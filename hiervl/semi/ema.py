@@ -26,7 +26,8 @@ class EMATeacher:
     @torch.no_grad()
     def reset(self, student):
         """teacher := student."""
-        self.model.load_state_dict(student.state_dict())
+        own, new = self.model.state_dict(), student.state_dict()
+        torch._foreach_copy_(list(own.values()), [new[name] for name in own])
         self.updates = 0
 
     @torch.no_grad()
@@ -42,16 +43,17 @@ class EMATeacher:
 
 
 class EMAHook(HookBase):
-    """Updates `trainer.teacher` after every step; during burn-in the teacher is the student."""
+    """Updates `trainer.teacher` after every step; during burn-in the teacher is the student, at every step, so that
+    evaluations and checkpoints of that time hold no untrained network."""
 
     def __init__(self, burn_in: int):
         self.burn_in = burn_in
 
     def after_step(self):
         trainer = self.trainer
-        if trainer.iter + 1 == self.burn_in:
+        if trainer.iter + 1 <= self.burn_in:
             trainer.teacher.reset(trainer.student)
-        elif trainer.iter + 1 > self.burn_in:
+        else:
             trainer.teacher.update(trainer.student)
 
     def state_dict(self):

@@ -3,7 +3,8 @@
 A filter is a function (pseudo, weight, state, **options) -> factor in [0, 1] per pixel; the chain multiplies the
 factors, so that a filter can only lower weights. `state` is a dict that the filter may keep between iterations
 (saved in the checkpoint; per-class entries are keyed by class name). To add one: write the function, decorate it,
-add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS.
+add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS; if it reads a language module's output, enter it in
+NEEDS.
 """
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ class PseudoLabels:
 
 
 FILTERS = {}
+NEEDS = {"text_agreement": "CMSAM", "relevance": "HSQG"}  # the module of MODEL that a filter's teacher must have
 
 
 def register(function):
@@ -80,8 +82,8 @@ def adaptive(pseudo, weight, state, *, quantile, floor, ceiling, momentum):
 @register
 def text_agreement(pseudo, weight, state, *, margin):
     """Keep pixels whose label the pixel-text scores rank first, or within `margin` (of a cosine) of the first."""
-    scores = F.interpolate(_needed(pseudo.pixel_text, "text_agreement", "MODEL.CMSAM.ENABLED"),
-                           size=weight.shape[1:], mode="bilinear", align_corners=False)  # (B, K, H, W)
+    scores = F.interpolate(pseudo.pixel_text, size=weight.shape[1:], mode="bilinear",
+                           align_corners=False)  # (B, K, H, W)
     own = scores.gather(1, pseudo.labels[:, None])[:, 0]
     return (own >= scores.amax(1) - margin).to(weight)
 
@@ -89,7 +91,7 @@ def text_agreement(pseudo, weight, state, *, margin):
 @register
 def relevance(pseudo, weight, state, *, threshold):
     """Drop labels of classes that the image hardly shows: those of a relevance below the threshold."""
-    relevant = _needed(pseudo.relevance, "relevance", "MODEL.HSQG.ENABLED") >= threshold  # (B, K)
+    relevant = pseudo.relevance >= threshold  # (B, K)
     return relevant.to(weight).gather(1, pseudo.labels.flatten(1)).view_as(weight)
 
 
@@ -125,12 +127,6 @@ def image_average(pseudo, weight, state, *, threshold):
     return share[:, None, None].expand_as(weight).to(weight)
 
 
-def _needed(value, name, key):
-    if value is None:
-        raise UserError(f"SEMI.FILTERS: the filter {name!r} needs {key} True.")
-    return value
-
-
 class FilterChain:
     """Applies filters in order.
 
@@ -149,6 +145,14 @@ class FilterChain:
 
     @classmethod
     def from_config(cls, cfg):
+        """
+        Raises:
+            UserError: a filter that reads what this config's teacher does not say.
+        """
+        for name in cfg.SEMI.FILTERS:
+            if name in NEEDS and not cfg.MODEL[NEEDS[name]].ENABLED:
+                raise UserError(f"SEMI.FILTERS: the filter {name!r} needs MODEL.{NEEDS[name]}.ENABLED True; set it, or "
+                                "leave the filter out.")
         options = cfg.SEMI.FILTER
         return cls([(name, {k.lower(): v for k, v in options.get(name.upper(), {}).items()})
                     for name in cfg.SEMI.FILTERS])

@@ -38,10 +38,12 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def __init__(self, cfg):
         super().__init__()
+        _check_accumulation(cfg)
         self.cfg = cfg
         torch.manual_seed(cfg.SEED)
         self.student = build_model(cfg)
-        self.model = create_ddp_model(self.student, broadcast_buffers=False)
+        self.model = create_ddp_model(self.student, broadcast_buffers=False,
+                                      find_unused_parameters=may_lack_gradients(cfg))
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
         self.optimizer = build_optimizer(cfg, self.student)
@@ -73,6 +75,7 @@ class SemiSupervisedTrainer(TrainerBase):
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             self.start_iter = self.iter + 1
+            self.evaluation.load()
         elif self.cfg.MODEL.WEIGHTS:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             self.teacher.reset(self.student)
@@ -133,7 +136,7 @@ class SemiSupervisedTrainer(TrainerBase):
     def _normalizers(self, chunks):
         """Denominators over all micro-batches, as a mean over ranks (distributed gradients are averaged)."""
         own = [self.student.normalizers(chunk) for chunk in chunks]
-        total = torch.stack([sum(n[kind].stack() for n in own) for kind in ("labeled", "pseudo")])  # (2, 3)
+        total = torch.stack([sum(n[kind].stack() for n in own) for kind in ("labeled", "pseudo")])  # (2, 4)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
         labeled, pseudo = total / comm.get_world_size()
@@ -153,6 +156,7 @@ class SemiSupervisedTrainer(TrainerBase):
         return semi.WEIGHT * min(1.0, (step + 1) / max(semi.RAMP, 1)) if step >= 0 else 0.0
 
     def _total(self, losses):
+        """What is minimised: the sum of the losses, those of the pseudo-labelled images times λ_u."""
         weight = self.unlabeled_weight()
         return sum(value * (weight if name.startswith("loss_u_") else 1.0) for name, value in losses.items())
 
@@ -170,8 +174,9 @@ class SemiSupervisedTrainer(TrainerBase):
         """Scalars go to the host together, and only for the iterations that are written."""
         if self.logs_now():
             values = torch.stack([value.float() for value in self.log.values()]).tolist()
-            self.storage.put_scalars(**dict(zip(self.log, values)), unlabeled_weight=self.unlabeled_weight(),
-                                     total_loss=sum(v for k, v in zip(self.log, values) if k.startswith("loss")),
+            log = dict(zip(self.log, values))
+            total = self._total({name: value for name, value in log.items() if name.startswith("loss_")})
+            self.storage.put_scalars(**log, unlabeled_weight=self.unlabeled_weight(), total_loss=total,
                                      data_time=self._data_time, smoothing_hint=False)
         self.log = {}
 
@@ -181,3 +186,24 @@ class SemiSupervisedTrainer(TrainerBase):
         if is_best and comm.is_main_process():
             self.checkpointer.save("model_best", iteration=self.iter)
         return metrics
+
+
+def may_lack_gradients(cfg) -> bool:
+    """Whether this config's network may have parameters that no loss reaches.
+
+    Of a language module whose result is partly unused (an ablation), some weights get no gradient.
+    DistributedDataParallel waits for every one and stops at the second iteration, unless it is told to look for those
+    that will not come; that search costs time at every iteration, so the full network goes without.
+    """
+    model = cfg.MODEL
+    parts = (model.CMSAM.ENABLED, model.CMSAM.FLOWS, model.DECODER.SEMANTIC, model.REGULARIZERS.VISION_LANGUAGE,
+             model.REGULARIZERS.DIVERSITY)
+    return model.HSQG.ENABLED and not all(parts)
+
+
+def _check_accumulation(cfg):
+    """Every micro-batch needs a labelled image. That IMS_PER_BATCH suits the processes is the loader's concern."""
+    parts, per_batch, processes = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if not 1 <= parts <= max(per_batch // processes, 1):
+        raise UserError(f"SOLVER.ACCUMULATE is {parts}; it must lie between 1 and the number of labelled images per "
+                        f"process and iteration (SOLVER.IMS_PER_BATCH {per_batch} over {processes} processes).")

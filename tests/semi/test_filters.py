@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.filters import FILTERS, FilterChain, PseudoLabels
 
@@ -87,3 +88,12 @@ def test_state_survives_a_checkpoint():
 def test_unknown_filter_is_a_users_mistake():
     with pytest.raises(UserError, match="confidance.*known are"):
         FilterChain([("confidance", {})])
+
+
+@pytest.mark.parametrize("name, module, other", [("text_agreement", "CMSAM", "HSQG"), ("relevance", "HSQG", "CMSAM")])
+def test_a_filter_without_its_language_module_is_refused_at_once(name, module, other):
+    filters = ["SEMI.FILTERS", ("confidence", name)]
+    with pytest.raises(UserError, match=f"SEMI.FILTERS.*'{name}' needs MODEL.{module}.ENABLED"):
+        FilterChain.from_config(load_config("", [*filters, f"MODEL.{module}.ENABLED", False]))
+    chain = FilterChain.from_config(load_config("", [*filters, f"MODEL.{other}.ENABLED", False]))
+    assert [step for step, _ in chain.steps] == ["confidence", name]

@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
-from hiervl.semi.trainer import SemiSupervisedTrainer
+from hiervl.config import load_config
+from hiervl.errors import UserError
+from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
 
 
 def train(cfg, iterations=None, resume=False):
@@ -55,8 +57,9 @@ def test_unlabelled_images_change_the_student_after_burn_in_only(make_cfg, tmp_p
     assert any(not torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
-def test_the_teacher_is_the_student_at_the_end_of_burn_in(make_cfg):
-    trainer = train(make_cfg(), iterations=2)
+@pytest.mark.parametrize("burn_in", [2, 5])
+def test_the_teacher_is_the_student_during_and_at_the_end_of_burn_in(make_cfg, burn_in):
+    trainer = train(make_cfg("SEMI.BURN_IN", burn_in), iterations=2)
     for name, value in trainer.student.state_dict().items():
         assert torch.equal(value, trainer.teacher.model.state_dict()[name]), name
     assert trainer.teacher.updates == 0
@@ -79,6 +82,31 @@ def test_results_tell_last_and_best_of_student_and_teacher(make_cfg, tmp_path):
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_resumed_run_remembers_its_best_result(make_cfg, tmp_path):
+    cfg = make_cfg()
+    train(cfg, iterations=3)
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    for metrics in results["best"]["shapes_val"].values():
+        metrics["mIoU"] = 101.0
+    path.write_text(json.dumps(results))
+    resumed = train(cfg, resume=True)
+    assert resumed.evaluation.results["best"] == results["best"]
+    assert resumed.evaluation.results["last"]["iteration"] == 6
+
+
+def test_the_logged_total_is_the_loss_that_is_minimised(make_cfg, tmp_path):
+    train(make_cfg("SEMI.WEIGHT", 0.5), iterations=4)  # iteration 2 lies inside the ramp
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    lines = [line for line in lines if "total_loss" in line]  # the others are evaluations
+    assert [line["unlabeled_weight"] for line in lines] == [0.0, 0.0, 0.25, 0.5]
+    for line in lines:
+        labeled = sum(v for k, v in line.items() if k.startswith("loss_") and not k.startswith("loss_u_"))
+        pseudo = sum(v for k, v in line.items() if k.startswith("loss_u_"))
+        assert (pseudo > 0) == (line["unlabeled_weight"] > 0)
+        assert line["total_loss"] == pytest.approx(labeled + line["unlabeled_weight"] * pseudo)
+
+
 def test_evaluation_of_a_checkpoint_gives_the_same_numbers(make_cfg):
     cfg = make_cfg()
     results = train(cfg).evaluation.results["last"]["shapes_val"]
@@ -96,6 +124,21 @@ def test_accumulation_learns_from_every_image_once(make_cfg, tmp_path):
     chunks = trainer._micro_batches()
     assert sorted(x["i"] for chunk in chunks for x in chunk) == [0, 1, 2, 3, 4]
     assert train(make_cfg("SOLVER.ACCUMULATE", 2, "OUTPUT_DIR", str(tmp_path / "b"))).iter == 6
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_every_micro_batch_needs_a_labelled_image(make_cfg, parts):
+    with pytest.raises(UserError, match=f"SOLVER.ACCUMULATE is {parts};.*SOLVER.IMS_PER_BATCH 2"):
+        SemiSupervisedTrainer(make_cfg("SOLVER.ACCUMULATE", parts))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("MODEL.CMSAM.ENABLED", False), ("MODEL.CMSAM.FLOWS", False), ("MODEL.DECODER.SEMANTIC", False),
+    ("MODEL.REGULARIZERS.VISION_LANGUAGE", 0.0), ("MODEL.REGULARIZERS.DIVERSITY", 0.0)])
+def test_distributed_training_looks_for_missing_gradients_in_ablations_only(key, value):
+    assert not may_lack_gradients(load_config("", []))
+    assert may_lack_gradients(load_config("", [key, value]))
+    assert not may_lack_gradients(load_config("", [key, value, "MODEL.HSQG.ENABLED", False]))
 
 
 def test_a_non_finite_loss_stops_before_the_weights_and_names_the_images(make_cfg):
