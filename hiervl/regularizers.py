@@ -89,7 +89,9 @@ class Regularizers:
 
     def keep_initial(self, backbone):
         """Freeze a copy of this backbone as the initial one; to be called again when its weights were loaded."""
-        self.initial = copy.deepcopy(backbone).eval().requires_grad_(False)
+        if self.initial is None:
+            self.initial = copy.deepcopy(backbone).eval().requires_grad_(False)
+        self.initial.load_state_dict(backbone.state_dict())
 
     def __call__(self, network, view) -> dict:
         """{"loss_<name>": weight * value} of the regularizers for the view's kind of images."""

@@ -46,15 +46,22 @@ class SemiSupervisedTrainer(TrainerBase):
                                       find_unused_parameters=may_lack_gradients(cfg))
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
+        self.teacher.model.regularizers = None  # a teacher has no losses, and needs no copy of the initial backbone
         self.optimizer = build_optimizer(cfg, self.student)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.evaluation = Evaluation(cfg, {"student": self.student, "teacher": self.teacher.model})
         self.checkpointer = AtomicCheckpointer(self.student, cfg.OUTPUT_DIR, teacher=self.teacher.model,
                                                optimizer=self.optimizer, scheduler=self.scheduler, trainer=self,
-                                               trained_names=TrainedNames(self.student, self.teacher.model))
+                                               trained_names=TrainedNames(self.student, self.teacher.model),
+                                               **self._initial_backbone())
         self.log, self.pseudo_inputs, self.batch = {}, [], None
         self.register_hooks(self.build_hooks())
+
+    def _initial_backbone(self) -> dict:
+        """What a resumed run compares its backbone with, if a regularizer does."""
+        initial = self.student.regularizers.initial
+        return {} if initial is None else {"initial_backbone": initial}
 
     def build_hooks(self):
         cfg = self.cfg
@@ -79,6 +86,8 @@ class SemiSupervisedTrainer(TrainerBase):
         elif self.cfg.MODEL.WEIGHTS:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             self.teacher.reset(self.student)
+            if self.student.regularizers.initial is not None:
+                self.student.regularizers.keep_initial(self.student.backbone)
 
     def train(self):
         self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)

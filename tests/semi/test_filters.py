@@ -97,3 +97,14 @@ def test_a_filter_without_its_language_module_is_refused_at_once(name, module, o
         FilterChain.from_config(load_config("", [*filters, f"MODEL.{module}.ENABLED", False]))
     chain = FilterChain.from_config(load_config("", [*filters, f"MODEL.{other}.ENABLED", False]))
     assert [step for step, _ in chain.steps] == ["confidence", name]
+
+
+def test_text_agreement_reads_the_scores_where_the_pixel_is():
+    """Images of 6x6 are padded to 8x8: the last columns of the pixel-text scores lie outside."""
+    scores = torch.zeros(1, 2, 6, 6)
+    scores[:, 0] = 1
+    pixel_text = torch.zeros(1, 2, 2, 2)
+    pixel_text[:, 1, :, 1] = 1  # the right half of the canvas looks like class 1
+    pseudo = PseudoLabels.from_scores(scores, torch.ones(1, 6, 6, dtype=torch.bool), ["a", "b"], pixel_text=pixel_text)
+    kept = FILTERS["text_agreement"](pseudo, torch.ones(1, 6, 6), {}, margin=0.1)
+    assert kept[0, 0].tolist() == [1, 1, 0, 0, 0, 0]

@@ -159,3 +159,16 @@ def test_modes_differ_in_config_only(make_cfg, tmp_path):
         trainer = train(make_cfg("SEMI.STRONG_VIEWS", views, "SEMI.FEATURE_DROPOUT", dropout,
                                  "OUTPUT_DIR", str(tmp_path / f"{views}")))
         assert len(trainer.pseudo_inputs) == expected
+
+
+def test_the_initial_backbone_outlives_a_resume(make_cfg):
+    options = ("MODEL.REGULARIZERS.VISION", 0.1, "SEMI.UNLABELED_PER_BATCH", 0)
+    first = SemiSupervisedTrainer(make_cfg(*options, "SOLVER.MAX_ITER", 3))
+    before = {name: value.clone() for name, value in first.student.regularizers.initial.state_dict().items()}
+    first.train()
+    assert any(not torch.equal(value, before[name]) for name, value in first.student.backbone.state_dict().items())
+    resumed = SemiSupervisedTrainer(make_cfg(*options, "SEED", 5))
+    resumed.resume_or_load(resume=True)
+    for name, value in resumed.student.regularizers.initial.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert resumed.teacher.model.regularizers is None
