@@ -1,4 +1,5 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and how the tools tell it."""
+import sys
 
 
 class UserError(Exception):
@@ -7,3 +8,13 @@ class UserError(Exception):
     The message is one line that names the file or config key and the way out. ``train_net.py`` and the tools print
     it without a stack trace; everything else that goes wrong is our bug and keeps its trace.
     """
+
+
+def exit_status(run, *arguments) -> int:
+    """Call run(*arguments): 0, or 2 after a user's mistake, which is told in one line."""
+    try:
+        run(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

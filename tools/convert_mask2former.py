@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from hiervl.checkpoint import atomic_write, read_state  # noqa: E402
 from hiervl.config import load_config  # noqa: E402
-from hiervl.errors import UserError  # noqa: E402
+from hiervl.errors import UserError, exit_status  # noqa: E402
 
 PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
             "sem_seg_head.predictor.": "decoder."}
@@ -174,12 +174,7 @@ def _few(names):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(run, parse_args(argv))
 
 
 if __name__ == "__main__":

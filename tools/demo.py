@@ -28,7 +28,7 @@ from hiervl.config import load_config  # noqa: E402
 from hiervl.data import datasets  # noqa: E402, F401  (registers the data sets)
 from hiervl.data.images import read_image  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
-from hiervl.errors import UserError  # noqa: E402
+from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.text.word_lists import read_classes  # noqa: E402
 
 UNSURE = 255
@@ -125,12 +125,7 @@ def run(args):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(run, parse_args(argv))
 
 
 if __name__ == "__main__":

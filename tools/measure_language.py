@@ -31,7 +31,7 @@ from hiervl.config import load_config  # noqa: E402
 from hiervl.data.datasets import dataset_index  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
-from hiervl.errors import UserError  # noqa: E402
+from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.evaluation.evaluator import SegmentationEvaluator  # noqa: E402
 from hiervl.text.word_lists import read_lines  # noqa: E402
 
@@ -320,12 +320,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(run, parse_args(argv))
 
 
 if __name__ == "__main__":
