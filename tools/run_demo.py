@@ -98,7 +98,7 @@ def report(runs, output):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for everything (%(default)s)")
-    parser.add_argument("--iterations", type=int, default=700, help="student iterations of both runs (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=600, help="student iterations of both runs (%(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
     started = time.time()
