@@ -32,6 +32,7 @@ from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.text.word_lists import read_classes  # noqa: E402
 
 UNSURE = 255
+_READABLE = 360  # pixels on the shorter side of an overlay, at least
 
 
 class Segmenter:
@@ -72,8 +73,9 @@ class Segmenter:
         return label
 
     def overlay(self, image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Draw regions and class names over an RGB image; returns RGB."""
-        drawing = Visualizer(image, self.metadata, instance_mode=ColorMode.IMAGE)
+        """Draw regions and class names over an RGB image; returns RGB, a small image enlarged so that its names fit."""
+        drawing = Visualizer(image, self.metadata, scale=max(1.0, _READABLE / min(image.shape[:2])),
+                             instance_mode=ColorMode.IMAGE)
         known = label < len(self.metadata.stuff_classes)
         shown = np.where(known, label.astype(np.int64), len(self.metadata.stuff_classes))
         return drawing.draw_sem_seg(shown, area_threshold=image.shape[0] * image.shape[1] // 400,
