@@ -152,6 +152,8 @@ def _add_data(cfg):
     cfg.TEST.MODE = "whole"
     cfg.TEST.WINDOW = (512, 512)
     cfg.TEST.STRIDE = (341, 341)
+    cfg.TEST.SCALES = (1.0,)
+    cfg.TEST.FLIP = False
     cfg.TEST.KEPT_ONLY = False
     cfg.TEST.BOUNDARY_IOU = False
     cfg.TEST.COMPARE = ""

@@ -1,9 +1,12 @@
-"""From queries to class probabilities per pixel, and the two ways to cover an image with them."""
+"""From queries to class probabilities per pixel, and the ways to cover an image with them."""
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from torch import nn
+
+from .errors import UserError
 
 
 @dataclass
@@ -75,6 +78,82 @@ class ClassScores(nn.Module):
     def normalize(self, evidence):
         """(B, K, H, W) evidence -> probabilities; they sum to less than 1 where evidence is thin."""
         return evidence / (self.epsilon + evidence.sum(dim=1, keepdim=True))
+
+
+class InferenceProtocol:
+    """How a test image is covered, as config section TEST says; `str()` of it states that in results.
+
+    Args:
+        mode: "whole" image or "sliding" window. window, stride: (height, width) in pixels of a sliding window.
+        scales: factors on the image's size; the probabilities at all of them are averaged. flip: and those of the
+            mirrored images.
+        kept_only: give the kept classes alone, not all K.
+    Raises:
+        UserError: values that do not go together.
+    """
+
+    @configurable
+    def __init__(self, mode="whole", window=(512, 512), stride=(341, 341), scales=(1.0,), flip=False, kept_only=False):
+        if mode not in ("whole", "sliding"):
+            raise UserError(f"TEST.MODE: {mode!r} is not one of whole, sliding.")
+        if not scales or min(scales) <= 0:
+            raise UserError(f"TEST.SCALES: {tuple(scales)} must be one or more factors above 0.")
+        if kept_only and (mode == "sliding" or flip or len(scales) > 1):
+            raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
+                            "keeps other classes.")
+        self.mode, self.window, self.stride = mode, tuple(window), tuple(stride)
+        self.scales, self.flip, self.kept_only = tuple(scales), flip, kept_only
+
+    @classmethod
+    def from_config(cls, cfg):
+        test = cfg.TEST
+        return {"mode": test.MODE, "window": test.WINDOW, "stride": test.STRIDE, "scales": test.SCALES,
+                "flip": test.FLIP, "kept_only": test.KEPT_ONLY}
+
+    def __str__(self):
+        parts = ["whole image"]
+        if self.mode == "sliding":
+            parts = ["sliding window {}x{}, stride {}x{}".format(*self.window, *self.stride)]
+        if self.scales != (1.0,):
+            parts.append("scales " + " ".join(f"{scale:g}" for scale in self.scales))
+        return ", ".join(parts + ["mirrored too"] * self.flip)
+
+    def cover(self, image, size, predict) -> dict:
+        """
+        Args:
+            image: (1, 3, H, W). size: (height, width) of the result. predict: images (1, 3, h, w) -> Probabilities.
+        Returns:
+            {"sem_seg": (K, *size)}; with kept_only (K', *size) and "classes" (K',), which they are.
+        """
+        if self.kept_only:
+            said = predict(self._scaled(image, self.scales[0]))
+            return {"sem_seg": _resized(said.kept, size)[0], "classes": said.index[0]}
+        total, views = 0, 0
+        for scale in self.scales:
+            scaled = self._scaled(image, scale)
+            for mirrored in (False, True)[:1 + self.flip]:
+                dense = self._dense(scaled.flip(3) if mirrored else scaled, predict)
+                total = total + _resized(dense.flip(3) if mirrored else dense, size)
+                views += 1
+        return {"sem_seg": total[0] / views}
+
+    def _dense(self, image, predict):
+        """(1, K, H, W) of one view."""
+        if self.mode == "whole":
+            return predict(image).dense()
+        return sliding_window(image, lambda part: predict(part).dense(), self.window, self.stride)
+
+    @staticmethod
+    def _scaled(image, scale):
+        size = [max(1, round(edge * scale)) for edge in image.shape[2:]]
+        return _resized(image, size, antialias=scale < 1)
+
+
+def _resized(maps, size, antialias=False):
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    if tuple(size) == tuple(maps.shape[2:]):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:

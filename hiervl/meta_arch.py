@@ -12,7 +12,7 @@ from .backbones import build_backbone
 from .criterion import Criterion, Normalizers
 from .dual_query_decoder import QueryDecoder, SemanticQueries
 from .errors import UserError
-from .inference import ClassScores, Probabilities, pad_to_multiple, sliding_window
+from .inference import ClassScores, InferenceProtocol, Probabilities, pad_to_multiple
 from .pixel_decoder import PixelDecoder
 from .points import SharedPoints
 from .query_generator import KeptClasses, QueryGenerator
@@ -60,13 +60,13 @@ class HierVL(nn.Module):
     and returns a dict of weighted scalar losses: "loss_*" of the labelled, "loss_u_*" of the pseudo-labelled images.
 
     In evaluation it returns, per dict of image (and height, width of the wanted output), {"sem_seg": (K, height,
-    width) float probabilities}; with `kept_only`, those of the kept classes alone and "classes": (K',), which they are.
+    width) float probabilities}, found as `protocol` says.
     """
 
     @configurable
     def __init__(self, *, backbone, pixel_decoder, decoder, text, criterion, class_names, pixel_mean, pixel_std,
-                 size_divisibility, segments, min_area, test_mode, window, stride, things=(), query_generator=None,
-                 alignment=None, regularizers=None, kept_only=False):
+                 size_divisibility, segments, min_area, protocol, things=(), query_generator=None, alignment=None,
+                 regularizers=None):
         super().__init__()
         # Channels-last convolutions are faster on CPUs and on tensor cores (docs/DECISIONS.md).
         self.backbone = backbone.to(memory_format=torch.channels_last)
@@ -80,9 +80,8 @@ class HierVL(nn.Module):
         self.class_names = list(class_names)
         self.size_divisibility = size_divisibility
         self.segments, self.min_area, self.things = segments, min_area, tuple(things)
-        self.test_mode, self.window, self.stride = test_mode, window, stride
+        self.protocol = protocol
         self.regularizers = regularizers
-        self.kept_only = kept_only
         # Names seen in training, distractors too.
         self.trained_names = frozenset([*class_names, *(text.distractors()[0] if text else ())])
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
@@ -94,10 +93,6 @@ class HierVL(nn.Module):
         if not hasattr(metadata, "stuff_classes"):
             raise UserError(f"DATASETS.TRAIN: no data set called {cfg.DATASETS.TRAIN[0]!r}; datasets/README.md lists "
                             "those that there are.")
-        if cfg.TEST.MODE not in ("whole", "sliding"):
-            raise UserError(f"TEST.MODE: {cfg.TEST.MODE!r} is not one of whole, sliding.")
-        if cfg.TEST.KEPT_ONLY and cfg.TEST.MODE == "sliding":
-            raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole: every window keeps other classes.")
         if cfg.MODEL.SIZE_DIVISIBILITY % 32:
             raise UserError(f"MODEL.SIZE_DIVISIBILITY is {cfg.MODEL.SIZE_DIVISIBILITY}; it must be a multiple of 32, "
                             "the stride of res5.")
@@ -115,8 +110,7 @@ class HierVL(nn.Module):
                 "size_divisibility": cfg.MODEL.SIZE_DIVISIBILITY,
                 "segments": cfg.MODEL.CRITERION.SEGMENTS, "min_area": cfg.MODEL.CRITERION.MIN_AREA,
                 "things": [k for k, name in enumerate(class_names) if name in things],
-                "test_mode": cfg.TEST.MODE, "window": cfg.TEST.WINDOW, "stride": cfg.TEST.STRIDE,
-                "kept_only": cfg.TEST.KEPT_ONLY, "regularizers": Regularizers(cfg, backbone, text),
+                "protocol": InferenceProtocol(cfg), "regularizers": Regularizers(cfg, backbone, text),
                 **_language_modules(cfg, text, shapes["res5"].channels)}
 
     @property
@@ -269,16 +263,7 @@ class HierVL(nn.Module):
         for x in batched_inputs:
             image = x["image"][None].to(self.device, torch.float32)
             size = (x.get("height", image.shape[2]), x.get("width", image.shape[3]))
-            if self.test_mode == "sliding":
-                dense = sliding_window(image, lambda part: self.predict(part).dense(), self.window, self.stride)
-                found = {"sem_seg": dense}
-            else:
-                probabilities = self.predict(image)
-                found = ({"sem_seg": probabilities.kept, "classes": probabilities.index[0]} if self.kept_only
-                         else {"sem_seg": probabilities.dense()})
-            if size != tuple(image.shape[-2:]):
-                found["sem_seg"] = F.interpolate(found["sem_seg"], size=size, mode="bilinear", align_corners=False)
-            results.append(found | {"sem_seg": found["sem_seg"][0]})
+            results.append(self.protocol.cover(image, size, self.predict))
         return results
 
     def targets(self, batched_inputs):

@@ -5,6 +5,7 @@ from hiervl.backbones import TimmBackbone
 from hiervl.classifier import LinearClassifier, TextClassifier
 from hiervl.criterion import Criterion
 from hiervl.dual_query_decoder import QueryDecoder
+from hiervl.inference import InferenceProtocol
 from hiervl.matcher import HungarianMatcher
 from hiervl.meta_arch import HierVL
 from hiervl.pixel_decoder import PixelDecoder
@@ -36,8 +37,7 @@ def make_network(classes=4, kind="text", embeddings=None, keep=48, weights=None,
                                       num_points=100, oversample_ratio=3.0, importance_ratio=0.75,
                                       deep_supervision=True),
                "pixel_mean": [120.0] * 3, "pixel_std": [60.0] * 3, "size_divisibility": 32,
-               "segments": "class_regions", "min_area": 4, "test_mode": "whole", "window": (64, 64),
-               "stride": (48, 48)}
+               "segments": "class_regions", "min_area": 4, "protocol": InferenceProtocol()}
     if kind == "hiervl":
         res5 = backbone.output_shape()["res5"].channels
         options |= {"query_generator": QueryGenerator(feature_dim=res5, text_dim=vectors.shape[1], hidden_dim=DIM,

@@ -84,7 +84,7 @@ def build(tmp_path, monkeypatch):
                              "MODEL.BACKBONE.TIMM.PRETRAINED", False])
         with torch.device("meta"):
             model = build_model(cfg)
-        assert model.num_classes == len(classes) and model.test_mode == "sliding"
+        assert model.num_classes == len(classes) and model.protocol.mode == "sliding"
         return model
     return make
 

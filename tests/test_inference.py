@@ -1,6 +1,6 @@
 import torch
 
-from hiervl.inference import ClassScores, sliding_window
+from hiervl.inference import ClassScores, InferenceProtocol, sliding_window
 
 
 def test_evidence_by_hand_and_its_normalisation():
@@ -25,6 +25,12 @@ def test_windows_cover_every_pixel_and_average():
     image = torch.arange(7 * 11, dtype=torch.float32).view(1, 1, 7, 11)
     torch.testing.assert_close(sliding_window(image, lambda x: 2 * x, (4, 5), (3, 4)), 2 * image)
     torch.testing.assert_close(sliding_window(image, lambda x: x, (20, 20), (9, 9)), image)
+
+
+def test_a_protocol_says_what_it_is():
+    assert str(InferenceProtocol()) == "whole image"
+    assert str(InferenceProtocol("sliding", (64, 48), (32, 24), scales=(0.5, 1), flip=True)) == (
+        "sliding window 64x48, stride 32x24, scales 0.5 1, mirrored too")
 
 
 def test_gradients_reach_both_parameters():

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hiervl.errors import UserError
+from hiervl.inference import InferenceProtocol
 from hiervl.points import SharedPoints, sample_maps
 
 from .networks import make_network, pseudo_input, training_input
@@ -75,10 +76,33 @@ def test_one_class_trains_and_predicts(kind):
 def test_a_window_as_large_as_the_image_is_the_whole_image():
     image = [{"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}]
     whole = make_network().eval()(image)[0]["sem_seg"]
-    sliding = make_network(test_mode="sliding", window=(64, 96)).eval()(image)[0]["sem_seg"]
+    sliding = make_network(protocol=InferenceProtocol("sliding", (64, 96))).eval()(image)[0]["sem_seg"]
     torch.testing.assert_close(whole, sliding)
-    smaller = make_network(test_mode="sliding", window=(48, 64), stride=(32, 48)).eval()(image)[0]["sem_seg"]
+    smaller = make_network(protocol=InferenceProtocol("sliding", (48, 64), (32, 48))).eval()(image)[0]["sem_seg"]
     assert smaller.shape == whole.shape and torch.isfinite(smaller).all()
+
+
+def test_scales_and_mirrored_images_are_averaged_at_the_size_of_the_result():
+    network = make_network().eval()
+    image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8), "height": 50, "width": 70}
+    mirrored = {**image, "image": image["image"].flip(2)}
+    small = F.interpolate(image["image"][None].float(), size=(32, 48), mode="bilinear", antialias=True)[0]
+    views = [network([x])[0]["sem_seg"] for x in (image, mirrored, {**image, "image": small},
+                                                  {**image, "image": small.flip(2)})]
+    network.protocol = InferenceProtocol(scales=(1.0, 0.5), flip=True)
+    both = network([image])[0]["sem_seg"]
+    expected = (views[0] + views[1].flip(2) + views[2] + views[3].flip(2)) / 4
+    assert both.shape == (4, 50, 70)
+    torch.testing.assert_close(both, expected, atol=1e-5, rtol=1e-4)
+    # Mirroring the image now mirrors the result, which no single view promises.
+    torch.testing.assert_close(network([mirrored])[0]["sem_seg"].flip(2), both, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"mode": "tiles"}, {"scales": ()}, {"scales": (0.0,)},
+                                     {"kept_only": True, "flip": True}, {"kept_only": True, "mode": "sliding"}])
+def test_protocols_that_cannot_be_are_refused(options):
+    with pytest.raises(UserError, match="TEST"):
+        InferenceProtocol(**options)
 
 
 @kinds
@@ -173,7 +197,7 @@ def test_kept_only_gives_the_kept_classes_and_which_they_are():
     network.query_generator.min_relevance = 0.0
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     dense = network(image)[0]["sem_seg"]
-    network.kept_only = True
+    network.protocol.kept_only = True
     kept = network(image)[0]
     assert kept["sem_seg"].shape == (3, 64, 64)
     torch.testing.assert_close(kept["sem_seg"], dense[kept["classes"]])

@@ -51,7 +51,7 @@ class Segmenter:
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         self.network = build_model(cfg).eval()
         self.mapper = TestMapper(cfg)
-        self.network.kept_only = False
+        self.network.protocol.kept_only = False
         load_network(self.network, cfg.MODEL.WEIGHTS, model)
         if classes:
             self.network.set_classes(classes)

@@ -50,19 +50,22 @@ class SegmentationEvaluator(DatasetEvaluator):
         boundary: also measure boundary IoU.
         num_images: if given, evaluate() refuses a count that differs: over several ranks no image may be counted
             twice or be left out.
+        protocol: how the images were covered, for the result file.
 
     Attributes:
         result: after evaluate(), on the main rank: the content of the result file (see report.py for tables).
     """
 
     def __init__(self, dataset: str | Sequence[str], output_dir: str | None = None, *, ignore_label: int = 255,
-                 calibration: bool = True, boundary: bool = False, num_images: int | None = None):
+                 calibration: bool = True, boundary: bool = False, num_images: int | None = None,
+                 protocol: str | None = None):
         named = isinstance(dataset, str)
         self.dataset = dataset if named else None
         self.class_names = list(MetadataCatalog.get(dataset).stuff_classes if named else dataset)
         self.output_dir = output_dir
         self.ignore_label = ignore_label
         self.num_images = num_images
+        self.protocol = protocol
         self.result = None
         self._calibrate, self._trace = calibration, boundary
         self.reset()
@@ -163,6 +166,7 @@ class SegmentationEvaluator(DatasetEvaluator):
             "format": RESULT_FORMAT,
             "dataset": self.dataset,
             "images": images,
+            "protocol": self.protocol,
             "pixels": int(confusion.counts.sum()),
             "ignored_pixels": confusion.ignored,
             "ignore_label": self.ignore_label,

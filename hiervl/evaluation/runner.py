@@ -11,6 +11,7 @@ from detectron2.evaluation import inference_on_dataset
 from ..checkpoint import atomic_write
 from ..data.datasets import dataset_index
 from ..data.loaders import build_test_loader
+from ..inference import InferenceProtocol
 from .evaluator import RESULT_FILE, SegmentationEvaluator
 from .report import load_result
 from .report_files import write_report_files
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """
     Args:
-        cfg: reads DATASETS.TEST, TEST.BOUNDARY_IOU, TEST.COMPARE and OUTPUT_DIR.
+        cfg: reads DATASETS.TEST, TEST and OUTPUT_DIR.
         models: {"student": network, "teacher": network}; results are reported for each.
 
     Attributes:
@@ -35,6 +36,7 @@ class Evaluation:
         self.models = models
         self.path = os.path.join(cfg.OUTPUT_DIR, "results.json")
         self.results = {}
+        self.protocol = str(InferenceProtocol(cfg))
         self._previous = {(name, kind): _previous_result(cfg.TEST.COMPARE, name, kind)
                           for name in cfg.DATASETS.TEST for kind in models}
 
@@ -54,8 +56,8 @@ class Evaluation:
                 if metrics:  # the main process only
                     entry[name][kind] = metrics
                     flat[f"{name}/{kind}"] = metrics
-                    logger.info("%s, %s, iteration %d: mIoU %.2f (mean over the classes in the ground truth), "
-                                "ECE %.2f", name, kind, iteration, metrics["mIoU"], metrics["ECE"])
+                    logger.info("%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), "
+                                "ECE %.2f", name, kind, iteration, self.protocol, metrics["mIoU"], metrics["ECE"])
         if not comm.is_main_process():
             return {}, False
         return flat, self._record(entry)
@@ -65,7 +67,8 @@ class Evaluation:
         output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind)
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
-        evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images)
+        evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images,
+                                          protocol=self.protocol)
         results = inference_on_dataset(model, loader, evaluator)
         if evaluator.result is not None:
             write_report_files(evaluator.result, output_dir, self._previous[name, kind])

@@ -86,7 +86,8 @@ def test_a_run_is_compared_with_another(evaluation, tmp_path):
     evaluation("second", "TEST.COMPARE", str(tmp_path / "first")).run(1)
     folder = tmp_path / "second/inference/shapes_val/student"
     assert {p.name for p in folder.iterdir()} == {"segmentation.json", "report.txt", "confusion.csv", "confusion.png"}
-    assert "gain" in (folder / "report.txt").read_text()
+    report = (folder / "report.txt").read_text()
+    assert "gain" in report and "images, whole image\n" in report
     assert "boundary_mIoU" not in load_result(str(folder / "segmentation.json"))["metrics"]
     file = tmp_path / "first/inference/shapes_val/teacher/segmentation.json"
     evaluation("third", "TEST.COMPARE", str(file)).run(1)
