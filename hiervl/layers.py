@@ -55,8 +55,8 @@ class Temperature(nn.Module):
 
 
 def shrink_mask(inside: torch.Tensor, size) -> torch.Tensor:
-    """(H, W) bool -> (h, w) bool: a cell is inside if any of its pixels is."""
-    return F.adaptive_max_pool2d(inside[None].float(), size)[0] > 0
+    """(B, H, W) bool -> (B, h, w) bool: a cell is inside if any of its pixels is."""
+    return F.adaptive_max_pool2d(inside.float(), size) > 0
 
 
 def unit(maps: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,8 @@ class HierVL(nn.Module):
         image: (3, H, W) uint8 or float, RGB 0..255
         sem_seg: (H, W) int64 labels; ids outside 0..K-1 do not count
         instances: (H, W) int64, numbers of single objects, 0 for none (labelled images, for segments "instances")
-        weight: (H, W) float validity (default 1)
+        weight: (H, W) float validity of the labels (default 1)
+        valid: (H, W) bool, False on padding (default True)
         feature_dropout: float, share of backbone channels to drop (default 0)
         pseudo: True for a pseudo-labelled image (default False), which also needs
             image_weight: float, its kept share; unknown: (K,) bool, classes that may hide in it;
@@ -141,13 +142,15 @@ class HierVL(nn.Module):
         # Labelled images first, so that each kind is one slice of the batch.
         batched_inputs = sorted(batched_inputs, key=lambda x: x.get("pseudo", False))
         kinds = self._kinds(batched_inputs)
-        images = self.preprocess(self._stack(batched_inputs, "image"))
+        inputs = self._stack(batched_inputs, "image")
+        images = self.preprocess(inputs)
         dropout = [x.get("feature_dropout", 0.0) for x in batched_inputs]
         names, variants = self._names(distractors=True)
         present = torch.cat([targets.present for _, _, targets in kinds])
         if names is not None:
             present = F.pad(present, (0, len(names) - self.num_classes))
-        output = self.encode(images, dropout, names, variants, must_keep=present)
+        output = self.encode(images, dropout, names, variants, must_keep=present,
+                             inside=self.inside([x.get("valid") for x in batched_inputs], inputs.shape))
         losses = {}
         for kind, part, targets in kinds:
             own = normalizers[kind] if normalizers else self.criterion.normalizers(targets, self.decoder.num_queries)
@@ -205,15 +208,14 @@ class HierVL(nn.Module):
         """(B, 3, H, W) images, RGB 0..255 -> normalised and padded."""
         return pad_to_multiple((images - self.pixel_mean) / self.pixel_std, self.size_divisibility)
 
-    def encode(self, images, feature_dropout=None, names=None, variants=None, *, must_keep=None, seen=None, size=None,
+    def encode(self, images, feature_dropout=None, names=None, variants=None, *, must_keep=None, seen=None, inside=None,
                last_only=False) -> Output:
         """The whole data flow.
 
         Args:
             images: (B, 3, H, W), preprocessed. feature_dropout: B floats, shares of backbone channels to drop.
-            names: (V, Dt), T of the classes and perhaps of further names. variants, must_keep, seen: see
+            names: (V, Dt), T of the classes and perhaps of further names. variants, must_keep, seen, inside: see
             QueryGenerator.
-            size: (height, width) of the images without padding; None: there is no padding.
             last_only: the predictions of the last layer suffice.
         """
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
@@ -223,7 +225,6 @@ class HierVL(nn.Module):
             memory, mask_features = self.pixel_decoder(features)
             return Output(self.decoder(memory, mask_features, names, last_only=last_only), mask_features, features,
                           None, None)
-        inside = _inside(images, size)
         kept = self.query_generator(features["res5"], names, variants, must_keep=must_keep, seen=seen, inside=inside)
         memory, mask_features = self.pixel_decoder(features, kept.text)
         aligned, queries = None, kept.queries
@@ -235,16 +236,18 @@ class HierVL(nn.Module):
         layers = self.decoder(memory, mask_features, kept.text, semantic, last_only)
         return Output(layers, mask_features, features, kept, aligned)
 
-    def predict(self, images, cut: bool = True) -> Probabilities:
+    def predict(self, images, cut: bool = True, valid=None) -> Probabilities:
         """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes. cut: leave out classes of little relevance;
-        not so for pseudo-labels, where every class must have its probability."""
+        not so for pseudo-labels, where every class must have its probability. valid: B masks (H, W) bool, False on
+        padding, or None."""
         height, width = images.shape[-2:]
         padded = self.preprocess(images)
         seen = None
         if cut:
             seen = torch.tensor([name in self.trained_names for name in self.class_names], device=self.device)
         names, variants = self._names()
-        output = self.encode(padded, None, names, variants, seen=seen, size=(height, width), last_only=True)
+        output = self.encode(padded, None, names, variants, seen=seen, last_only=True,
+                             inside=self.inside(valid or [None], images.shape))
         kept = output.kept
         with torch.autocast(self.device.type, enabled=False):  # a threshold of 0.95 needs more than 8 bits
             evidence = output.layers[-1].evidence(output.mask_features, self.scores, kept and kept.relevance)
@@ -292,6 +295,21 @@ class HierVL(nn.Module):
             result[kind] = self.criterion.normalizers(targets, self.decoder.num_queries)
         return result
 
+    def inside(self, valid, shape):
+        """What of the padded canvas is image: (B, H', W') bool, or None if all of it is.
+
+        valid: list of (H, W) bool masks, or of None for images that fill their (H, W); on the CPU, where the loader
+        made them. shape: (B, 3, H, W) of the images.
+        """
+        batch, _, height, width = shape
+        if all(mask is None or bool(mask.all()) for mask in valid):
+            if height % self.size_divisibility == width % self.size_divisibility == 0:
+                return None
+            valid = [None]
+        whole = torch.ones(height, width, dtype=torch.bool)
+        masks = torch.stack([whole if mask is None else mask for mask in valid])
+        return self._pad(masks.to(self.device), False).expand(batch, -1, -1)
+
     def _pad(self, maps, value):
         """Maps (B, H, W) padded as images are, so that labels and mask features cover the same canvas."""
         height, width = maps.shape[-2:]
@@ -319,15 +337,6 @@ def _language_modules(cfg, text, feature_dim) -> dict:
             raise UserError(f"{key} is True but needs {need}; set both, or it to False.")
     return {"query_generator": QueryGenerator(cfg, feature_dim, text.dim) if model.HSQG.ENABLED else None,
             "alignment": SpatialAlignment(cfg) if model.CMSAM.ENABLED else None}
-
-
-def _inside(images, size):
-    """(H/4, W/4) bool: True on the image, False on its padding; None if there is none."""
-    if size is None or tuple(size) == tuple(images.shape[-2:]):
-        return None
-    inside = torch.zeros(images.shape[2] // 4, images.shape[3] // 4, dtype=torch.bool, device=images.device)
-    inside[:-(-size[0] // 4), :-(-size[1] // 4)] = True
-    return inside
 
 
 def _drop_channels(x, rates):

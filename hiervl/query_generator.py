@@ -86,7 +86,7 @@ class QueryGenerator(nn.Module):
         """
         Args:
             res5: (B, C, h, w). text: (V, Dt) of unit length. variants: (V, R, Dt), all texts of each name, or None.
-            inside: (H, W) bool at any size, False on padding; None: there is none.
+            inside: (B, H, W) bool at any size, False on padding; None: there is none.
             must_keep: (B, V) bool, classes of the target (training).
             seen: (V,) bool, names seen in training (inference): below min_relevance they are cut, whereas an unseen
                 name is ranked by its relevance and no more than that. None: nothing is cut.
@@ -118,7 +118,8 @@ class QueryGenerator(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):
             evidence = text @ pixels.flatten(2) / self.temperature()  # (B, V, h*w)
         if inside is not None:
-            evidence = evidence.masked_fill(~shrink_mask(inside, pixels.shape[-2:]).flatten(), -torch.inf)
+            outside = ~shrink_mask(inside, pixels.shape[-2:]).flatten(1)  # (B, h*w)
+            evidence = evidence.masked_fill(outside[:, None], -torch.inf)
         return self.log_slope.exp() * evidence.logsumexp(2) + self.bias
 
     @torch.no_grad()

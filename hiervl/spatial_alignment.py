@@ -60,7 +60,7 @@ class ScaleAlignment(nn.Module):
         return alignment.unflatten(2, pixels.shape[-2:])
 
     def exchange(self, queries, log_relevance, pixels, alignment, inside=None):
-        """Both flows through the alignment (B, K', h, w); log_relevance (B, K'), inside (h, w) bool or None
+        """Both flows through the alignment (B, K', h, w); log_relevance (B, K'), inside (B, h, w) bool or None
         -> (queries (B, K', d), pixels (B, C, h, w))."""
         flat = alignment.flatten(2)
         gathered = self._gather(flat, pixels.flatten(2).transpose(1, 2), inside)
@@ -73,7 +73,7 @@ class ScaleAlignment(nn.Module):
         """Pixel to query: each query gathers the pixels that it resembles. -> (B, K', d)."""
         attention = alignment / self.over_pixels()
         if inside is not None:
-            attention = attention.masked_fill(~inside.flatten(), -torch.inf)
+            attention = attention.masked_fill(~inside.flatten(1)[:, None], -torch.inf)
         return self.to_query(attention.softmax(2).to(tokens) @ tokens)
 
     def _tell(self, alignment, log_relevance, queries):
@@ -109,7 +109,7 @@ class SpatialAlignment(nn.Module):
         """
         Args:
             memory: [F1, F2, F3], each (B, C, h, w). mask_features: M (B, Cm, H/4, W/4).
-            inside: (H/4, W/4) bool, False on padding; None: there is none.
+            inside: (B, H, W) bool at any size, False on padding; None: there is none.
         """
         queries, pixels, maps = [], [], []
         for e, scale in enumerate(self.scales):

@@ -205,6 +205,23 @@ def test_kept_only_gives_the_kept_classes_and_which_they_are():
     assert (dense[others] == 0).all()
 
 
+def test_what_padding_shows_does_not_reach_relevance_or_queries():
+    network = make_network(kind="hiervl").eval()
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    valid = torch.zeros(64, 96, dtype=torch.bool)
+    valid[:, :32] = True
+    assert network.inside([torch.ones_like(valid)], (1, 3, 64, 96)) is None
+    inside = network.inside([valid, None], (2, 3, 64, 96))
+    assert inside.shape == (2, 64, 96) and inside[0].equal(valid) and inside[1].all()
+    assert network.inside([None], (2, 3, 40, 96)).flatten(1).sum(1).tolist() == [40 * 96] * 2
+    with torch.no_grad():
+        masked = network.predict(image[None].float(), cut=False, valid=[valid]).relevance
+        plain = network.predict(image[None].float(), cut=False).relevance
+    assert (masked < plain).all()  # a log-sum-exp over fewer cells
+    losses = [network.train()([training_input() | {"valid": mask}]) for mask in (valid[:, :64], valid[:, :64] | True)]
+    assert losses[0]["loss_relevance"] != losses[1]["loss_relevance"]
+
+
 @kinds
 def test_labels_and_masks_cover_the_same_canvas_when_crops_are_padded(kind):
     """At a label's pixel, the logits that the losses read are those that inference shows there."""

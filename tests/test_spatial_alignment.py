@@ -62,8 +62,8 @@ def test_flows_start_small_and_carry_gradients_both_ways():
 
 def test_queries_gather_nothing_from_padding():
     module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
-    inside = torch.ones(16, 16, dtype=torch.bool)
-    inside[:, 8:] = False
+    inside = torch.ones(B, 16, 16, dtype=torch.bool)
+    inside[:, :, 8:] = False
     features = torch.randn(B, CM, 16, 16)
     changed = [torch.cat((x[..., :x.shape[3] // 2], torch.randn_like(x[..., x.shape[3] // 2:])), 3) for x in memory]
     torch.testing.assert_close(module(kept, memory, features, inside).queries,

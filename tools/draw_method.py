@@ -62,7 +62,7 @@ class Seen:
         seen = torch.tensor([name in network.trained_names for name in names], device=network.device)
         with torch.no_grad():
             output = network.encode(network.preprocess(image), names=network.text(), seen=seen,
-                                    size=image.shape[-2:])
+                                    inside=network.inside([None], image.shape))
         label = read_label(sample["sem_seg_file_name"])
         return cls(network, sample["image"].permute(1, 2, 0).numpy(), label, output,
                    [names[k] for k in output.kept.index[0]], colors)

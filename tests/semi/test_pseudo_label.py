@@ -21,7 +21,7 @@ class Teacher(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
-    def predict(self, images, cut=True):
+    def predict(self, images, cut=True, valid=None):
         scores = torch.full((len(images), K, SIZE, SIZE), 0.02) * self.weight
         for i in range(len(images)):
             scores[i, i] = 0.9
