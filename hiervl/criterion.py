@@ -1,8 +1,9 @@
 """The training loss of one set of images, labelled or pseudo-labelled (DESIGN section 2, "Criterion").
 
-Instance queries are matched to segments, semantic queries are tied to their class; every prediction of the decoder
-is supervised. Validity is a weight per pixel: a place of the mask features whose bilinear support holds no valid pixel
-gets exactly zero gradient. All classes here are kept classes (`Targets.among`).
+Instance queries are matched to segments. Semantic queries are tied to their class: all E of them mean its whole
+region, or they share its segments by matching. Every prediction of the decoder is supervised. Validity is a weight per
+pixel: a place of the mask features whose bilinear support holds no valid pixel gets exactly zero gradient. All classes
+here are kept classes (`Targets.among`).
 """
 from dataclasses import astuple, dataclass
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import nn
 
+from .errors import UserError
 from .inference import ClassScores
 from .matcher import HungarianMatcher
 from .points import SharedPoints, sample_maps
 from .targets import Targets
+
+_FOREIGN = 1e5  # what a query costs that belongs to another class
 
 
 @dataclass
@@ -52,7 +56,7 @@ def dice_loss(logits, masks, weight):
 
 def balanced_presence_loss(logits, present, absent):
     """Per image: half the mean over the present classes of -log p, half the mean over the absent ones of -log(1-p);
-    a class in neither does not count. logits (..., B, V), present and absent (B, V) -> (..., B)."""
+    a class in neither does not count. logits (..., B, V), present and absent (B, V) or like it -> (..., B)."""
     positive = (F.softplus(-logits) * present).sum(-1) / present.sum(-1).clamp(min=1)
     negative = (F.softplus(logits) * absent).sum(-1) / absent.sum(-1).clamp(min=1)
     return (positive + negative) / 2
@@ -69,13 +73,18 @@ class Criterion(nn.Module):
             the mask is least certain (PointRend, arXiv 1912.08193). The E masks of a class share as many.
             All masks of an image choose among the same candidates, where its mask features are read once.
         deep_supervision: supervise every prediction, not the last only.
+        match_semantic: the E queries of a class share its segments; without, each means the class's region.
     """
 
     @configurable
     def __init__(self, *, matcher, class_weight, mask_weight, dice_weight, pixel_weight, presence_weight,
-                 no_object_weight, num_points, oversample_ratio, importance_ratio, deep_supervision):
+                 no_object_weight, num_points, oversample_ratio, importance_ratio, deep_supervision,
+                 match_semantic=False):
         super().__init__()
         self.matcher = matcher
+        # Of a class's own queries, any is cheaper than every query of another class.
+        self.semantic_matcher = (HungarianMatcher(_FOREIGN, matcher.mask_weight, matcher.dice_weight)
+                                 if match_semantic else None)
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight,
                         "presence": presence_weight, "region": mask_weight, "region_dice": dice_weight}
         self.no_object_weight = no_object_weight
@@ -86,12 +95,18 @@ class Criterion(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         c = cfg.MODEL.CRITERION
+        if c.SEMANTIC_MATCHING not in ("fixed", "hungarian"):
+            raise UserError(f"MODEL.CRITERION.SEMANTIC_MATCHING: {c.SEMANTIC_MATCHING!r} is not one of fixed, "
+                            "hungarian.")
+        if c.SEMANTIC_MATCHING == "hungarian" and c.SEGMENTS == "class_regions":
+            raise UserError("MODEL.CRITERION.SEMANTIC_MATCHING hungarian shares a class's segments among its queries; "
+                            "set MODEL.CRITERION.SEGMENTS to components or instances.")
         return {"matcher": HungarianMatcher(c.CLASS_WEIGHT, c.MASK_WEIGHT, c.DICE_WEIGHT),
                 "class_weight": c.CLASS_WEIGHT, "mask_weight": c.MASK_WEIGHT, "dice_weight": c.DICE_WEIGHT,
                 "pixel_weight": c.PIXEL_WEIGHT, "presence_weight": c.PRESENCE_WEIGHT,
                 "no_object_weight": c.NO_OBJECT_WEIGHT, "num_points": c.NUM_POINTS,
                 "oversample_ratio": c.OVERSAMPLE_RATIO, "importance_ratio": c.IMPORTANCE_RATIO,
-                "deep_supervision": c.DEEP_SUPERVISION}
+                "deep_supervision": c.DEEP_SUPERVISION, "match_semantic": c.SEMANTIC_MATCHING == "hungarian"}
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
         """Denominators of these targets: segments, weighted queries, images, class regions."""
@@ -186,21 +201,42 @@ class Criterion(nn.Module):
         return sigmoid_ce_loss(logits, truth, weight), dice_loss(logits, truth, weight)
 
     def _semantic_losses(self, presence, regions, targets, points, normalizers):
-        """Presence of each class, the regions of the present ones, empty masks for those known to be absent; means
-        over the E queries of a class. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
-        num_layers, num_scales = presence.shape[0], presence.shape[2]
-        per_image = balanced_presence_loss(presence.transpose(1, 2), targets.present, targets.absent)  # (L, E, B)
-        image, kind = targets.present.nonzero(as_tuple=True)  # (T,) each
-        logits = regions[:, image, :, kind].flatten(0, 2)  # (T, L, E, P) -> (T*L*E, P)
-        image, kind = (x.repeat_interleave(num_layers * num_scales) for x in (image, kind))
-        mask, dice = self._where_uncertain(logits, max(logits.shape[1] // num_scales, 1), points.label, points.weight,
-                                           image, kind)
+        """Presence of each query's region, the regions that there are, and empty masks for the others; means over the
+        E queries of a class. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
+        num_scales, per_region = presence.shape[2], max(regions.shape[-1] // presence.shape[2], 1)
+        if self.semantic_matcher is None:
+            taken, nothing = targets.present[None, :, None].expand_as(presence), targets.absent[None, :, None]
+            layer, image, scale, kind = taken.nonzero(as_tuple=True)  # (T,) each
+            reference, wanted = points.label, kind
+        else:
+            layer, image, scale, kind, wanted = self._share_segments(regions, targets, points)
+            taken = torch.zeros_like(presence, dtype=torch.bool)
+            taken[layer, image, scale, kind] = True
+            nothing = ~taken & ~(targets.unknown | targets.loose)[None, :, None]
+            reference = points.segment
+        per_image = balanced_presence_loss(presence.transpose(1, 2), taken.transpose(1, 2), nothing.transpose(1, 2))
+        mask, dice = self._where_uncertain(regions[layer, image, scale, kind], per_region, reference, points.weight,
+                                           image, wanted)
         share = targets.image_weight[image] / (num_scales * normalizers.regions.clamp(min=1))
-        empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4))  # (L, E, K', B)
-        empty = (empty * targets.absent.t()).sum(2) / targets.absent.sum(1).clamp(min=1)  # (L, E, B)
-        per_scale = targets.image_weight / (num_scales * normalizers.images.clamp(min=1))
-        return {"presence": (per_image * per_scale).sum(),
-                "region": (mask * share).sum() + (empty * per_scale).sum(), "region_dice": (dice * share).sum()}
+        empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2)  # (L, B, E, K')
+        empty = (empty * nothing).sum(3) / nothing.sum(3).clamp(min=1)  # (L, B, E)
+        per_scale = targets.image_weight / (num_scales * normalizers.images.clamp(min=1))  # (B,)
+        region = (mask * share).sum() + (empty * per_scale[:, None]).sum()
+        return {"presence": (per_image * per_scale).sum(), "region": region, "region_dice": (dice * share).sum()}
+
+    def _share_segments(self, regions, targets, points):
+        """Match each class's E queries with its segments: five int64 tensors (T,), layer, image, scale, class and
+        segment of every pair. Segments beyond E go without, queries beyond the segments have none."""
+        num_classes = regions.shape[3]
+        own = torch.arange(num_classes, device=regions.device).repeat(regions.shape[2])  # (E*K',)
+        # All of a query's probability lies with its own class: (L, B, E*K', K'), by a softmax.
+        logits = (1e3 * F.one_hot(own, num_classes).to(regions)).expand(*regions.shape[:2], -1, -1)
+        layer, image, query, segment = self.semantic_matcher(logits, regions.flatten(2, 3), points.segment,
+                                                             points.weight, targets.labels)
+        classes = torch.nn.utils.rnn.pad_sequence(targets.labels, batch_first=True)  # (B, max M)
+        same = classes[image, segment] == own[query]
+        layer, image, query, segment = layer[same], image[same], query[same], segment[same]
+        return layer, image, query // num_classes, query % num_classes, segment
 
     def _pixel_loss(self, evidence, targets, points, scores, normalizers):
         """-log p of the true class at the shared points: what makes p a probability. evidence (L, B, K', P)."""

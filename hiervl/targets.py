@@ -41,6 +41,13 @@ class Targets:
         return ~self.present & ~self.unknown
 
     @property
+    def loose(self) -> torch.Tensor:
+        """(B, K) bool, classes with a valid pixel that belongs to no segment."""
+        alone = ((self.segments < 0) & (self.weight > 0)).flatten(1)
+        found = torch.zeros_like(self.present, dtype=torch.uint8)
+        return found.scatter_reduce(1, self.sem_seg.flatten(1), alone.to(torch.uint8), "amax").bool()
+
+    @property
     def counts(self) -> list:
         """Number of segments of each image."""
         return [len(labels) for labels in self.labels]

@@ -1,4 +1,6 @@
 """The criterion's invariants: what is not valid does not count, what is not known is not taught."""
+import itertools
+
 import pytest
 import torch
 
@@ -143,6 +145,50 @@ def test_absent_classes_are_pushed_down_and_present_ones_up():
           build_targets(sem_seg, torch.ones(1, SIZE, SIZE), K)).backward()
     gradient = predictions[0][0].presence_logits.grad[0]
     assert (gradient[:, 0] < 0).all() and (gradient[:, 1:] > 0).all()
+
+
+def pair_cost(logits, truth):
+    """Of a mask (P,) and a segment (P,), by the formulas of the losses."""
+    truth = truth.float()
+    dice = 1 - (2 * (logits.sigmoid() * truth).sum() + 1) / (logits.sigmoid().sum() + truth.sum() + 1)
+    return 5 * torch.nn.functional.binary_cross_entropy_with_logits(logits, truth) + 5 * dice
+
+
+def test_matched_semantic_queries_share_the_segments_of_their_class():
+    """Class 0 has two parts, class 1 one; three queries each. The best pairing by brute force is what is taught."""
+    labels = torch.full((1, SIZE, SIZE), 2)
+    labels[0, :8, :8] = labels[0, 20:, 20:] = 0
+    labels[0, :8, 20:] = 1
+    targets = build_targets(labels, torch.ones(1, SIZE, SIZE), K, segments="components", min_area=4)
+    criterion = make_criterion(match_semantic=True, num_points=600)
+    predictions, features = make_predictions(batch=1, semantic=True)
+    points = SharedPoints.draw(targets, 600)
+    read = sample_maps(features, points.places)
+    regions = torch.stack([torch.einsum("bekc,bpc->bekp", p.region_embed, read) for p in predictions])
+    layer, image, scale, kind, segment = criterion._share_segments(regions, targets, points)
+    for own, classes in enumerate(targets.labels[0].tolist()):
+        assert set(kind[segment == own].tolist()) == {classes}  # nobody takes another class's segment
+    parts = (targets.labels[0] == 0).nonzero()[:, 0].tolist()
+    assert len(parts) == 2
+    for step, logits in enumerate(regions[:, 0, :, 0]):  # (E, P) of class 0
+        best = min(itertools.permutations(range(E), 2),
+                   key=lambda q: sum(pair_cost(logits[i], points.segment[0] == part) for i, part in zip(q, parts)))
+        mine = (layer == step) & (kind == 0)
+        assert {int(s): int(q) for s, q in zip(segment[mine], scale[mine])} == dict(zip(parts, best))
+
+
+def test_a_query_without_a_segment_is_taught_nothing_only_where_that_is_known():
+    labels = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+    labels[0, :8, :8] = 1
+    labels[0, 20:22, 20:22] = 2  # too small to be a segment
+    targets = build_targets(labels, torch.ones(1, SIZE, SIZE), K, segments="components", min_area=9)
+    assert targets.loose.tolist() == [[False, False, True, False]]
+    predictions = make_predictions(batch=1, semantic=True)
+    total(make_criterion(match_semantic=True, pixel_weight=0.0), predictions, targets).backward()
+    presence = predictions[0][-1].presence_logits.grad[0]  # (E, K)
+    assert (presence[:, 2] == 0).all() and (presence[:, 3] > 0).all()
+    for k in (0, 1):  # one query has the only segment, the other two have none
+        assert sorted(presence[:, k].sign().tolist()) == [-1, 1, 1]
 
 
 def test_balanced_presence_counts_both_sides_alike():

@@ -64,6 +64,8 @@ def test_classes_that_do_not_fit(capsys, root):
     (("MODEL.DECODER.CLASSIFIER", "cosine"), "MODEL.DECODER.CLASSIFIER: 'cosine'"),
     (("TEST.MODE", "tiles"), "TEST.MODE: 'tiles'"),
     (("MODEL.CRITERION.SEGMENTS", "blobs"), "MODEL.CRITERION.SEGMENTS: 'blobs'"),
+    (("MODEL.CRITERION.SEMANTIC_MATCHING", "free"), "MODEL.CRITERION.SEMANTIC_MATCHING: 'free'"),
+    (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian"), "MODEL.CRITERION.SEGMENTS to components"),
 ])
 def test_wrong_config(capsys, root, overrides, expected):
     assert expected in mistake(capsys, root, *overrides)
