@@ -6,7 +6,6 @@
 For every image NAME, writes out/NAME.jpg (overlay with class names) and out/NAME_labels.png (the class index of
 each pixel, 255 where the network is less sure than --confidence).
 """
-import argparse
 import colorsys
 import glob
 import os
@@ -17,19 +16,16 @@ import numpy as np
 import torch
 import tqdm
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl import meta_arch  # noqa: E402, F401  (registers HierVL with detectron2)
-from hiervl.checkpoint import load_network  # noqa: E402
-from hiervl.config import load_config  # noqa: E402
 from hiervl.data import datasets  # noqa: E402, F401  (registers the data sets)
 from hiervl.data.images import read_image  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.text.word_lists import read_classes  # noqa: E402
+from tools import trained  # noqa: E402
 
 UNSURE = 255
 _READABLE = 360  # pixels on the shorter side of an overlay, at least
@@ -45,14 +41,10 @@ class Segmenter:
     """
 
     def __init__(self, cfg, model: str = "teacher", classes: list[str] | None = None):
-        if not cfg.MODEL.WEIGHTS:
-            raise UserError("MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
-                            "output/camvid_23/model_final.pth.")
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-        self.network = build_model(cfg).eval()
+        self.network = trained.load(cfg, model)
         self.mapper = TestMapper(cfg)
         self.network.protocol.kept_only = False
-        load_network(self.network, cfg.MODEL.WEIGHTS, model)
         if classes:
             self.network.set_classes(classes)
             # Fixed colours, far apart in hue, for classes that no table knows.
@@ -99,21 +91,16 @@ def expand(patterns: list) -> list:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the network was trained with")
+    parser = trained.parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="image files or patterns")
     parser.add_argument("--output", default="output/demo", help="folder for the results (%(default)s)")
-    parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
     parser.add_argument("--classes", default="", help="other classes: names separated by commas, or a file of them")
     parser.add_argument("--confidence", type=float, default=0.0, help="leave out pixels below it (%(default)s)")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
 
 def run(args):
-    cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = trained.read_config(args)
     files = expand(args.input)
     segment = Segmenter(cfg, args.model, read_classes(args.classes) if args.classes else None)
     os.makedirs(args.output, exist_ok=True)

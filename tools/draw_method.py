@@ -5,7 +5,6 @@
 
 Writes NAME_relevance.jpg, NAME_alignment.jpg, NAME_scores.jpg, NAME_queries.jpg and NAME_prediction.jpg into --output.
 """
-import argparse
 import os
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -24,14 +22,13 @@ from matplotlib.patches import Patch  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl import meta_arch  # noqa: E402, F401  (registers HierVL with detectron2)
-from hiervl.checkpoint import load_network  # noqa: E402
-from hiervl.config import load_config  # noqa: E402
+from hiervl import meta_arch  # noqa: E402
 from hiervl.data.datasets import dataset_index  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.text.word_lists import read_lines  # noqa: E402
+from tools import trained  # noqa: E402
 
 SHOWN = 4  # classes in the figures that show some of them
 DISTRACTORS = 12  # the most relevant ones, in the chart
@@ -287,16 +284,11 @@ def save(figure, path):
 
 
 def run(args):
-    cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = trained.read_config(args)
     if not (cfg.MODEL.HSQG.ENABLED and cfg.MODEL.CMSAM.ENABLED and cfg.MODEL.DECODER.SEMANTIC):
         raise UserError("MODEL.HSQG.ENABLED, MODEL.CMSAM.ENABLED and MODEL.DECODER.SEMANTIC must be True: they are "
                         "what is drawn.")
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("MODEL.WEIGHTS is empty: name a checkpoint (--opts MODEL.WEIGHTS model_final.pth).")
-    network = build_model(cfg).eval()
-    load_network(network, cfg.MODEL.WEIGHTS, args.model)
+    network = trained.load(cfg, args.model)
     part = cfg.DATASETS.TEST[0]
     index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)
     if not 0 <= args.image < len(index):
@@ -318,16 +310,13 @@ def run(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the network was trained with")
-    parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
+    parser = trained.parser(__doc__)
     parser.add_argument("--image", type=int, default=0, help="which of the first set of DATASETS.TEST (%(default)s)")
     parser.add_argument("--unseen", default="", help="file with further words that are no class, for the chart")
     parser.add_argument("--figures", nargs="+", default=["relevance", "alignment", "scores", "queries", "prediction"],
                         help="which ones to write (all)")
     parser.add_argument("--name", default="method", help="what the files' names begin with (%(default)s)")
     parser.add_argument("--output", default="docs/figures", help="folder for the figures (%(default)s)")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ and --unseen) and measures which names HSQG keeps and what the added words cost;
 other words for the same things (--synonyms), and by each other. No weight changes on the way, which is checked.
 Prints tables and writes language.json into --output. Evaluates the whole images of the first set of DATASETS.TEST.
 """
-import argparse
 import json
 import os
 import random
@@ -20,20 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from detectron2.modeling import build_model
 from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl import meta_arch  # noqa: E402, F401  (registers HierVL with detectron2)
-from hiervl.checkpoint import atomic_write, load_network  # noqa: E402
-from hiervl.config import load_config  # noqa: E402
+from hiervl.checkpoint import atomic_write  # noqa: E402
 from hiervl.data.datasets import dataset_index  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.evaluation.evaluator import SegmentationEvaluator  # noqa: E402
 from hiervl.text.word_lists import read_lines  # noqa: E402
+from tools import trained  # noqa: E402
 
 OTHER = "other word"  # the class of a pixel that is given to a distractor
 
@@ -259,20 +256,14 @@ def measure(measurement, seen, unseen, lists, sizes, threshold) -> dict:
 
 def build(args) -> tuple:
     """Config, the measurement, and the words: (cfg, Measurement, seen, unseen, {title: names})."""
-    cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
-                        "output/camvid_23_hiervl/model_final.pth.")
+    cfg = trained.read_config(args)
     if not cfg.MODEL.HSQG.ENABLED:
         raise UserError("MODEL.HSQG.ENABLED is False: without it no name is kept or suppressed; choose a config with "
                         "it, such as configs/camvid_23_hiervl.yaml.")
     if cfg.TEST.MODE != "whole":
         raise UserError(f"TEST.MODE is {cfg.TEST.MODE}; which names are kept is a question to whole images: set it to "
                         "whole.")
-    network = build_model(cfg).eval()
-    load_network(network, cfg.MODEL.WEIGHTS, args.model)
+    network = trained.load(cfg, args.model)
     seen = network.text.distractors()[0]
     taken = {word.casefold() for word in (*seen, *network.class_names)}
     unseen = [word for word in read_lines(args.unseen, "--unseen") if word.casefold() not in taken] \
@@ -303,9 +294,7 @@ def run(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the network was trained with")
-    parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
+    parser = trained.parser(__doc__)
     parser.add_argument("--images", type=int, default=0, help="evaluate so many images, evenly spaced; 0: all")
     parser.add_argument("--keep", type=int, default=48, help="MODEL.HSQG.KEEP while measuring (%(default)s)")
     parser.add_argument("--words", type=int, nargs="*", default=[30, 80],
@@ -315,7 +304,6 @@ def parse_args(argv=None):
     parser.add_argument("--synonyms", default="datasets/synonyms_camvid.yaml",
                         help="YAML file with lists of other words for the classes; empty: none (%(default)s)")
     parser.add_argument("--output", default="output/language", help="folder for language.json (%(default)s)")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
 

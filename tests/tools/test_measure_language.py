@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from hiervl.data.shapes import generate
 from hiervl.errors import UserError
@@ -143,7 +144,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert tool.main(call) == 2 and "MODEL.WEIGHTS is empty" in capsys.readouterr().err
     weights = str(tmp_path / "network.pth")
     args = tool.parse_args(call)
-    torch.save({"model": tool.build_model(tool.load_config(args.config_file, args.opts)).state_dict()}, weights)
+    torch.save({"model": build_model(tool.trained.read_config(args)).state_dict()}, weights)
     assert tool.main([*call, "MODEL.WEIGHTS", weights, "TEST.MODE", "sliding"]) == 2
     assert "set it to whole" in capsys.readouterr().err
     assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0

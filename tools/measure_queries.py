@@ -1,0 +1,152 @@
+"""What the instance queries of a trained network do: whether they are used, repeat one another, and find the objects.
+
+    python tools/measure_queries.py --config-file configs/shapes.yaml --opts MODEL.WEIGHTS output/shapes/model_final.pth
+
+A query is used in an image if it is likelier to hold an object than not and its mask is not empty. It is a duplicate
+if a surer used query of its class has nearly the same mask (IoU of at least --overlap). A true object is found if the
+mask of a used query reaches an IoU of 0.5 with it: of the same class, or of any. Data sets without maps of instances
+have the regions of their classes for objects. Evaluates whole images of the first set of DATASETS.TEST.
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from hiervl.checkpoint import atomic_write  # noqa: E402
+from hiervl.data.datasets import dataset_index, table_of  # noqa: E402
+from hiervl.data.images import read_label  # noqa: E402
+from hiervl.data.mapper import TestMapper  # noqa: E402
+from hiervl.errors import exit_status  # noqa: E402
+from tools import trained  # noqa: E402
+
+FOUND = 0.5  # IoU of a mask with the object that it finds
+
+
+@dataclass
+class Counts:
+    """Sums over images. used_by: per query, the images in which it is used."""
+
+    used_by: np.ndarray
+    images: int = 0
+    used: int = 0
+    duplicates: int = 0
+    objects: int = 0
+    found: int = 0
+    found_any: int = 0
+    ious: list = field(default_factory=list)
+
+    def table(self) -> dict:
+        """Percent, but for the first two rows."""
+        return {"instance queries": len(self.used_by), "used per image": self.used / max(self.images, 1),
+                "never used": _percent((self.used_by == 0).sum(), len(self.used_by)),
+                "duplicates among the used": _percent(self.duplicates, self.used),
+                "objects found, class right": _percent(self.found, self.objects),
+                "objects found, any class": _percent(self.found_any, self.objects),
+                "mean best IoU": 100 * float(np.mean(self.ious)) if self.ious else None}
+
+
+def _percent(part, whole):
+    return 100 * float(part / whole) if whole else None
+
+
+def count(counts: Counts, classes, certain, masks, objects, overlap: float):
+    """Add one image.
+
+    Args:
+        classes, certain: (N,) the likeliest class of each query, and how likely it is that it holds an object.
+        masks: (N, H, W) bool. objects: list of (class, (H, W) bool). overlap: IoU from which two masks are one.
+    """
+    flat = masks.flatten(1).float()
+    order = [n for n in certain.argsort(descending=True).tolist() if certain[n] > 0.5 and flat[n].any()]
+    counts.images += 1
+    counts.used += len(order)
+    counts.used_by[order] += 1
+    alike = iou(flat[order], flat[order])
+    same = classes[order][:, None] == classes[order]
+    counts.duplicates += int(((alike >= overlap) & same).tril(-1).any(1).sum())
+    counts.objects += len(objects)
+    if not objects or not order:
+        counts.ious += [0.0] * len(objects)
+        return
+    reached = iou(torch.stack([mask.flatten() for _, mask in objects]).float(), flat[order])  # (M, used)
+    right = classes[order] == torch.tensor([[k] for k, _ in objects])
+    counts.found += int(((reached >= FOUND) & right).any(1).sum())
+    counts.found_any += int((reached >= FOUND).any(1).sum())
+    counts.ious += reached.amax(1).tolist()
+
+
+def iou(first, second):
+    """Masks (M, P) and (N, P) of 0 and 1 -> (M, N)."""
+    both = first @ second.t()
+    return both / (first.sum(1)[:, None] + second.sum(1) - both).clamp(min=1)
+
+
+def true_objects(sample, num_classes: int, first_instance: int) -> list:
+    """[(class, (H, W) bool)]: the instances of an image (numbers from `first_instance` on) or, without a map of them,
+    its class regions."""
+    label = read_label(sample["sem_seg_file_name"])
+    numbers = np.zeros(label.shape, np.int64)
+    if "instances_file_name" in sample:
+        numbers = read_label(sample["instances_file_name"]).astype(np.int64)
+        label = np.where(numbers >= first_instance, label, num_classes)
+    pairs = np.unique(np.stack((label.ravel(), numbers.ravel())), axis=1).T
+    return [(int(k), torch.from_numpy((label == k) & (numbers == n))) for k, n in pairs if k < num_classes]
+
+
+@torch.no_grad()
+def measure(network, samples, first_instance: int, overlap: float) -> Counts:
+    counts = Counts(np.zeros(network.decoder.num_queries, np.int64))
+    for sample in samples:
+        image = sample["image"][None].to(network.device, torch.float32)
+        output = network.encode(network.preprocess(image), names=network.text and network.text(), last_only=True,
+                                inside=network.inside([None], image.shape))
+        last = output.layers[-1]
+        masks = F.interpolate(last.masks(output.mask_features), scale_factor=4, mode="bilinear", align_corners=False)
+        masks = F.interpolate(masks[..., :image.shape[2], :image.shape[3]], size=(sample["height"], sample["width"]),
+                              mode="bilinear", align_corners=False)[0] > 0
+        probability = last.class_logits[0].float().softmax(1)  # (N, K'+1)
+        classes = probability[:, :-1].argmax(1)
+        if output.kept is not None:
+            classes = output.kept.index[0][classes]
+        objects = true_objects(sample, network.num_classes, first_instance)
+        count(counts, classes.cpu(), 1 - probability[:, -1].cpu(), masks.cpu(), objects, overlap)
+    return counts
+
+
+def run(args):
+    cfg = trained.read_config(args)
+    network, mapper = trained.load(cfg, args.model), TestMapper(cfg)
+    part = cfg.DATASETS.TEST[0]
+    index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)
+    samples = (mapper(index[i]) for i in range(len(index)))
+    table = measure(network, samples, table_of(part).first_instance, args.overlap).table()
+    print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-",
+                   headers=[f"{len(index)} images of {part}", "percent"]))
+    os.makedirs(args.output, exist_ok=True)
+    path = os.path.join(args.output, "queries.json")
+    with atomic_write(path, "w") as file:
+        facts = {"config": args.config_file, "weights": cfg.MODEL.WEIGHTS, "model": args.model}
+        json.dump(facts | table, file, indent=1)
+    print(path)
+
+
+def parse_args(argv=None):
+    parser = trained.parser(__doc__)
+    parser.add_argument("--overlap", type=float, default=0.7, help="IoU from which two masks are one (%(default)s)")
+    parser.add_argument("--output", default="output/queries", help="folder for queries.json (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    return exit_status(run, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
