@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", default=os.path.join(data_root(), "shapes"), help="folder to write (%(default)s)")
     parser.add_argument("--train", type=int, default=1000, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="validation images (%(default)s)")
-    parser.add_argument("--size", type=int, default=96, help="height and width, pixels (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="height and width, pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images (%(default)s)")
     parser.add_argument("--labeled", type=int, nargs="+", default=[25, 50, 100, 200], help="labelled images per split")
     parser.add_argument("--split-seeds", type=int, nargs="+", default=[0], help="one set of splits for each")

@@ -100,7 +100,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    cfg = trained.read_config(args)
+    cfg = trained.read_config(args.config_file, args.opts)
     files = expand(args.input)
     segment = Segmenter(cfg, args.model, read_classes(args.classes) if args.classes else None)
     os.makedirs(args.output, exist_ok=True)

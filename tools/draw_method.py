@@ -284,7 +284,7 @@ def save(figure, path):
 
 
 def run(args):
-    cfg = trained.read_config(args)
+    cfg = trained.read_config(args.config_file, args.opts)
     if not (cfg.MODEL.HSQG.ENABLED and cfg.MODEL.CMSAM.ENABLED and cfg.MODEL.DECODER.SEMANTIC):
         raise UserError("MODEL.HSQG.ENABLED, MODEL.CMSAM.ENABLED and MODEL.DECODER.SEMANTIC must be True: they are "
                         "what is drawn.")

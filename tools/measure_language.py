@@ -256,7 +256,7 @@ def measure(measurement, seen, unseen, lists, sizes, threshold) -> dict:
 
 def build(args) -> tuple:
     """Config, the measurement, and the words: (cfg, Measurement, seen, unseen, {title: names})."""
-    cfg = trained.read_config(args)
+    cfg = trained.read_config(args.config_file, args.opts)
     if not cfg.MODEL.HSQG.ENABLED:
         raise UserError("MODEL.HSQG.ENABLED is False: without it no name is kept or suppressed; choose a config with "
                         "it, such as configs/camvid_23_hiervl.yaml.")

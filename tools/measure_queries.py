@@ -121,7 +121,7 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
 
 
 def run(args):
-    cfg = trained.read_config(args)
+    cfg = trained.read_config(args.config_file, args.opts)
     network, mapper = trained.load(cfg, args.model), TestMapper(cfg)
     part = cfg.DATASETS.TEST[0]
     index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)

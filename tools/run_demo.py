@@ -14,11 +14,16 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from hiervl.checkpoint import atomic_write  # noqa: E402
 from hiervl.data import shapes  # noqa: E402
-from hiervl.data.datasets import data_root  # noqa: E402
+from hiervl.data.datasets import data_root, table_of  # noqa: E402
+from hiervl.data.images import read_label  # noqa: E402
+from tools import trained  # noqa: E402
+from tools.demo import Segmenter  # noqa: E402
 
 RUNS = {"labelled only": "configs/shapes_supervised.yaml", "semi-supervised": "configs/shapes.yaml"}
 
@@ -95,10 +100,31 @@ def report(runs, output):
     return result
 
 
+def picture(runs, images, path):
+    """One column per image: the image, its true classes, and what each run's network says."""
+    table = table_of("shapes_val")
+    colors = np.array([*table.colors, *[(0, 0, 0)] * (256 - len(table.colors))], np.uint8)
+    weights = [["MODEL.WEIGHTS", os.path.join(run.output, "model_final.pth")] for run in runs]
+    networks = [Segmenter(trained.read_config(run.config, own)) for run, own in zip(runs, weights)]
+    columns = []
+    for image in images:
+        said = [network.labels(network(image)[1]) for network in networks]
+        truth = read_label(image.replace("images", "masks"))
+        column = [cv2.imread(image)[..., ::-1], colors[truth], *(colors[label] for label in said)]
+        columns.append(np.vstack([_framed(part) for part in column]))
+    cv2.imwrite(path, np.hstack(columns)[..., ::-1])
+
+
+def _framed(part, scale=2.5, border=4):
+    """(H, W, 3) enlarged, white at the right and below."""
+    large = cv2.resize(part, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    return np.pad(large, ((0, border), (0, border), (0, 0)), constant_values=255)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for everything (%(default)s)")
-    parser.add_argument("--iterations", type=int, default=600, help="student iterations of both runs (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=1200, help="student iterations of both runs (%(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
     started = time.time()
@@ -116,10 +142,12 @@ def main():
     report(runs, args.output)
     weights = os.path.join(runs[1].output, "model_final.pth")
     images = [os.path.join(root, "images", "val", f"{i:05d}.png") for i in range(8)]
+    picture(runs, images, os.path.join(args.output, "comparison.png"))
     overlays = os.path.join(args.output, "overlays")
     subprocess.run([sys.executable, "-W", "ignore", "tools/demo.py", "--config-file", runs[1].config,
                     "--input", *images, "--output", overlays, "--opts", "MODEL.WEIGHTS", weights], check=True)
-    print(f"All in {time.time() - started:.0f} s. Result: {args.output}/result.json\n"
+    print(f"All in {time.time() - started:.0f} s. Result: {args.output}/result.json; pictures: {overlays} and\n"
+          f"{args.output}/comparison.png (from the top: image, truth, {', '.join(run.title for run in runs)})\n"
           f"Go on: python train_net.py --config-file {runs[1].config} --resume OUTPUT_DIR {runs[1].output} "
           f"SOLVER.MAX_ITER {4 * args.iterations}")
 

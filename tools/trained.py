@@ -19,9 +19,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return result
 
 
-def read_config(args):
-    """The config that `parser`'s options name, on a GPU only if there is one."""
-    cfg = load_config(args.config_file, args.opts)
+def read_config(config_file: str, overrides: list):
+    """The config, on a GPU only if there is one."""
+    cfg = load_config(config_file, overrides)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg

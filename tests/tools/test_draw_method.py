@@ -16,7 +16,7 @@ def test_all_figures(tmp_path, monkeypatch, capsys):
     weights, out = str(tmp_path / "network.pth"), tmp_path / "out"
     call = ["--config-file", "configs/shapes_supervised.yaml", "--output", str(out), "--opts", *TINY]
     args = tool.parse_args(call)
-    torch.save({"model": build_model(tool.trained.read_config(args)).state_dict()}, weights)
+    torch.save({"model": build_model(tool.trained.read_config(args.config_file, args.opts)).state_dict()}, weights)
     call += ["MODEL.WEIGHTS", weights]
     assert tool.main(call) == 0
     for name in ("relevance", "alignment", "scores", "queries", "prediction"):

@@ -144,7 +144,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert tool.main(call) == 2 and "MODEL.WEIGHTS is empty" in capsys.readouterr().err
     weights = str(tmp_path / "network.pth")
     args = tool.parse_args(call)
-    torch.save({"model": build_model(tool.trained.read_config(args)).state_dict()}, weights)
+    torch.save({"model": build_model(tool.trained.read_config(args.config_file, args.opts)).state_dict()}, weights)
     assert tool.main([*call, "MODEL.WEIGHTS", weights, "TEST.MODE", "sliding"]) == 2
     assert "set it to whole" in capsys.readouterr().err
     assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0

@@ -64,7 +64,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     for semantic in ("True", "False"):
         call = ["--config-file", "configs/shapes_supervised.yaml", "--output", str(tmp_path / "out"), "--opts", *TINY,
                 "MODEL.DECODER.SEMANTIC", semantic]
-        torch.save({"model": build_model(tool.trained.read_config(tool.parse_args(call))).state_dict()}, weights)
+        args = tool.parse_args(call)
+        cfg = tool.trained.read_config(args.config_file, args.opts)
+        torch.save({"model": build_model(cfg).state_dict()}, weights)
         assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0
         assert "2 images of shapes_val" in capsys.readouterr().out
         assert json.loads((tmp_path / "out/queries.json").read_text())["instance queries"] > 0
