@@ -90,6 +90,7 @@ def _add_model(cfg):
     cfg.MODEL.TEXT.DISTRACTORS = ""
     cfg.MODEL.TEXT.CENTER = True
     cfg.MODEL.TEXT.ADAPTER = False
+    cfg.MODEL.TEXT.CONTROL = "none"
 
     cfg.MODEL.HSQG = CN()
     cfg.MODEL.HSQG.ENABLED = True

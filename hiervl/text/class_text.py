@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import UserError
 from .adapter import ResidualAdapter
+from .controls import with_control
 from .embeddings import EmbeddingTable
 from .tower import TextTower
 from .word_lists import read_definitions, read_lines, read_templates
@@ -64,6 +65,7 @@ class ClassText(nn.Module):
             source = TextTower(options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions,
                                options.CACHE)
         words = read_lines(options.DISTRACTORS, "MODEL.TEXT.DISTRACTORS") if options.DISTRACTORS else ()
+        source = with_control(source, options.CONTROL, class_names)
         return {"source": source, "class_names": class_names, "center": options.CENTER, "adapter": options.ADAPTER,
                 "context_tokens": options.CONTEXT_TOKENS, "distractors": words}
 
