@@ -8,7 +8,7 @@ from hiervl.criterion import Criterion, balanced_presence_loss
 from hiervl.dual_query_decoder import QueryPredictions
 from hiervl.inference import ClassScores
 from hiervl.matcher import HungarianMatcher
-from hiervl.points import SharedPoints, draw_valid_points, pixel_centers, sample_maps
+from hiervl.points import SharedPoints, pixel_centers, sample_maps
 from hiervl.targets import build_targets
 
 K, N, E, SIZE, GRID, DIM = 4, 6, 3, 32, 8, 12
@@ -212,15 +212,6 @@ def test_image_weight_scales_an_images_losses(semantic):
         torch.testing.assert_close(losses[1][name], 0.25 * losses[0][name])
 
 
-def test_non_finite_costs_are_never_matched():
-    masks, classes = torch.randn(1, 1, N, 100), torch.randn(1, 1, N, K + 1)
-    masks[0, 0, 2] = float("nan")
-    classes[0, 0, 4, 1] = float("inf")
-    points = SharedPoints.draw(build_targets(blocks(1), torch.ones(1, SIZE, SIZE), K), 100)
-    matched = make_criterion().matcher(classes, masks, points.segment, points.weight, [torch.arange(K)])
-    assert set(matched[2].tolist()) <= {0, 1, 3, 5} and len(matched[2]) == 4
-
-
 @semantic
 def test_one_class(semantic):
     sem_seg = torch.zeros(2, SIZE, SIZE, dtype=torch.long)
@@ -247,19 +238,6 @@ def test_losses_do_not_depend_on_the_order_of_classes():
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_targets_among_kept_names():
-    """Of six names the first four are classes; 3 is unknown, 4 and 5 are distractors: absent for certain."""
-    sem_seg = torch.zeros(1, 4, 4, dtype=torch.long)
-    sem_seg[0, 0] = 2
-    targets = build_targets(sem_seg, torch.ones(1, 4, 4), 4, unknown=torch.tensor([[False, False, False, True]]))
-    kept = targets.among(torch.tensor([[5, 2, 3, 0]]), 6)
-    assert kept.sem_seg[0, 0].unique().item() == 1 and kept.sem_seg[0, 1:].unique().item() == 3
-    assert kept.present.tolist() == [[False, True, False, True]]
-    assert kept.absent.tolist() == [[True, False, False, False]]
-    assert kept.labels[0].tolist() == [3, 1]
-    assert (kept.segments == targets.segments).all()
-
-
 def test_micro_batches_add_up():
     """With shared denominators, the losses of the parts sum to those of the whole."""
     criterion = make_criterion(num_points=10_000, oversample_ratio=1.0, importance_ratio=0.0)
@@ -274,52 +252,3 @@ def test_micro_batches_add_up():
         parts.append(losses_of(criterion, own, build_targets(sem_seg[rows], weight[rows], K), normalizers))
     for name, value in whole.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=0.04, atol=0)
-
-
-def test_sample_maps_is_grid_sample_with_clamped_borders():
-    maps, points = torch.randn(2, 5, 7, 9, requires_grad=True), torch.rand(2, 40, 2) * 2.2 - 1.1
-    expected = torch.nn.functional.grid_sample(maps, points[:, :, None], padding_mode="border",
-                                               align_corners=False).squeeze(3).transpose(1, 2)
-    own = sample_maps(maps, points)
-    torch.testing.assert_close(own, expected)
-    weight = torch.randn_like(own)
-    torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), maps)[0] for x in (own, expected)))
-
-
-def test_points_are_drawn_uniformly_from_valid_pixels():
-    weight = torch.zeros(2, 4, 5)
-    weight[0, 1, 1:4] = 0.5
-    weight[1, 3, 4] = 1
-    index = draw_valid_points(weight, 3000)
-    counts = torch.bincount(index[0], minlength=20)
-    assert set(counts.nonzero()[:, 0].tolist()) == {6, 7, 8}
-    assert counts[[6, 7, 8]].min() > 850
-    assert (index[1] == 19).all()
-
-
-def test_components():
-    sem_seg = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
-    sem_seg[0, 2:10, 2:10] = 1
-    sem_seg[0, 20:30, 20:30] = 1
-    sem_seg[0, 15, 15] = 1  # smaller than min_area
-    targets = build_targets(sem_seg, torch.ones(1, SIZE, SIZE), 2, segments="components", min_area=9)
-    assert targets.labels[0].tolist() == [0, 1, 1]
-    assert targets.segments[0, 15, 15] == -1
-    assert targets.segments[0, 5, 5] != targets.segments[0, 25, 25]
-    whole = build_targets(sem_seg, torch.ones(1, SIZE, SIZE), 2)
-    assert whole.labels[0].tolist() == [0, 1]
-
-
-def test_instances():
-    """Things are single objects, stuff a region, and a thing's pixel without a number is unknown."""
-    sem_seg = torch.zeros(1, 8, 8, dtype=torch.long)  # class 0 is stuff, 1 and 2 are things
-    sem_seg[0, :2, :4], sem_seg[0, 4:, 4:], sem_seg[0, 7, 0] = 1, 2, 1
-    numbers = torch.zeros_like(sem_seg)
-    numbers[0, :2, :2], numbers[0, :2, 2:4], numbers[0, 4:, 4:] = 1, 2, 2  # 2 is used for two classes
-    targets = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2))
-    assert targets.labels[0].tolist() == [0, 2, 1, 1]  # largest first
-    assert targets.segments[0, 0].tolist() == [2, 2, 3, 3, 0, 0, 0, 0]
-    assert targets.segments[0, 7, 0] == -1 and (targets.segments[0, 4:, 4:] == 1).all()
-    few = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2),
-                        max_segments=1)
-    assert few.labels[0].tolist() == [0] and (few.segments[0, 4:, 4:] == -1).all()
