@@ -8,7 +8,7 @@ from torch import nn
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # Bare parameters that say where something is or what kind it is, by the ends of their names.
 _POSITIONS = ("level_embed", "pos_embed", "positional_embedding", "class_embedding", "cls_token",
-              "relative_position_bias_table")
+              "reg_token", "mask_token", "relative_position_bias_table")
 
 
 def build_optimizer(cfg, model) -> torch.optim.Optimizer:
