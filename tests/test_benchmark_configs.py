@@ -13,6 +13,7 @@ from hiervl.config import load_config
 from hiervl.data.datasets import table_of
 from hiervl.data.prepare.published import known_hashes
 from hiervl.text import ClassText
+from hiervl.text.word_lists import read_definitions
 
 from .conftest import shared_file
 
@@ -63,6 +64,16 @@ def test_class_names_are_those_of_the_embeddings(name):
         assert tuple(str(n).strip() for n in data["names"]) == table_of(f"{name}_train").classes
 
 
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_definitions_belong_to_classes_and_tell_them_apart(name):
+    classes = table_of(f"{name}_train").classes
+    cfg = load_config(str(CONFIGS / f"{name}_{min(PROTOCOL[name][2])}.yaml"), [])
+    definitions = read_definitions(str(CONFIGS.parent / cfg.MODEL.TEXT.DEFINITIONS))
+    assert set(definitions) <= set(classes)
+    texts = [text.casefold() for k in classes for text in definitions.get(k, [k])]
+    assert len(texts) == len(set(texts)) > len(classes)
+
+
 def text_on_cpu(cfg, names):
     """The class embeddings are read and compared, which the meta device cannot do."""
     with torch.device("cpu"):
@@ -81,6 +92,7 @@ def build(tmp_path, monkeypatch):
         classes = table_of(cfg.DATASETS.TRAIN[0]).classes
         np.savez(tmp_path / "e.npz", names=np.array(classes), embeddings=np.eye(len(classes), 512, dtype=np.float32))
         cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.TEXT.EMBEDDINGS", str(tmp_path / "e.npz"),
+                             "MODEL.TEXT.DEFINITIONS", "",
                              "MODEL.BACKBONE.TIMM.PRETRAINED", False])
         with torch.device("meta"):
             model = build_model(cfg)
