@@ -17,7 +17,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from hiervl.config import load_config
+from hiervl.config import load_config, use_cpu_without_gpu
 from hiervl.errors import UserError
 from hiervl.semi.trainer import SemiSupervisedTrainer
 from hiervl.text.word_lists import read_classes
@@ -26,8 +26,7 @@ from hiervl.text.word_lists import read_classes
 def setup(args):
     """Config from file and command line, logging, output folder."""
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    use_cpu_without_gpu(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     # Adam's squares of small gradients are denormal numbers, which a CPU computes up to a hundred times slower.

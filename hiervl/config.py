@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 
+import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -224,6 +225,12 @@ def load_config(config_file: str, overrides: list) -> CN:
         raise UserError(f"command line: {overrides[-1]!r} has no value; options are given as KEY VALUE pairs.")
     _merge(cfg, "command line", lambda: cfg.merge_from_list(overrides))
     return cfg
+
+
+def use_cpu_without_gpu(cfg: CN) -> None:
+    """Detectron2's default device is a GPU; change it in place on a machine that has none."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def _merge(cfg, source, merge):

@@ -16,10 +16,8 @@ from .errors import UserError
 from .inference import ClassScores
 from .matcher import HungarianMatcher
 from .points import SharedPoints, sample_maps
+from .query_generator import NUM_SCALES
 from .targets import Targets
-
-_FOREIGN = 1e5  # what a query costs that belongs to another class
-
 
 @dataclass
 class Normalizers:
@@ -62,6 +60,11 @@ def balanced_presence_loss(logits, present, absent):
     return (positive + negative) / 2
 
 
+def _rank_in_class(labels):
+    """(M,) classes -> (M,): the how-manieth of its class each one is, from 0."""
+    return ((labels[:, None] == labels).tril().sum(1) - 1) if len(labels) else labels
+
+
 class Criterion(nn.Module):
     """See the module's docstring.
 
@@ -82,9 +85,7 @@ class Criterion(nn.Module):
                  match_semantic=False):
         super().__init__()
         self.matcher = matcher
-        # Of a class's own queries, any is cheaper than every query of another class.
-        self.semantic_matcher = (HungarianMatcher(_FOREIGN, matcher.mask_weight, matcher.dice_weight)
-                                 if match_semantic else None)
+        self.match_semantic = match_semantic
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight,
                         "presence": presence_weight, "region": mask_weight, "region_dice": dice_weight}
         self.no_object_weight = no_object_weight
@@ -101,6 +102,9 @@ class Criterion(nn.Module):
         if c.SEMANTIC_MATCHING == "hungarian" and c.SEGMENTS == "class_regions":
             raise UserError("MODEL.CRITERION.SEMANTIC_MATCHING hungarian shares a class's segments among its queries; "
                             "set MODEL.CRITERION.SEGMENTS to components or instances.")
+        if c.SEMANTIC_MATCHING == "hungarian" and not cfg.MODEL.DECODER.SEMANTIC:
+            raise UserError("MODEL.CRITERION.SEMANTIC_MATCHING is about semantic queries, but MODEL.DECODER.SEMANTIC "
+                            "is False; set it to fixed.")
         return {"matcher": HungarianMatcher(c.CLASS_WEIGHT, c.MASK_WEIGHT, c.DICE_WEIGHT),
                 "class_weight": c.CLASS_WEIGHT, "mask_weight": c.MASK_WEIGHT, "dice_weight": c.DICE_WEIGHT,
                 "pixel_weight": c.PIXEL_WEIGHT, "presence_weight": c.PRESENCE_WEIGHT,
@@ -112,8 +116,11 @@ class Criterion(nn.Module):
         """Denominators of these targets: segments, weighted queries, images, class regions."""
         matched = targets.weight.new_tensor([min(count, num_queries) for count in targets.counts])
         unmatched = self.no_object_weight * targets.no_object_weight * (num_queries - matched)
-        return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)),
-                           targets.present.sum().to(matched))
+        regions = targets.present.sum().to(matched)
+        if self.match_semantic:
+            regions = matched.new_tensor(sum(int((_rank_in_class(labels) < NUM_SCALES).sum())
+                                             for labels in targets.labels)) / NUM_SCALES
+        return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)), regions)
 
     @property
     def num_candidates(self) -> int:
@@ -202,21 +209,21 @@ class Criterion(nn.Module):
 
     def _semantic_losses(self, presence, regions, targets, points, normalizers):
         """Presence of each query's region, the regions that there are, and empty masks for the others; means over the
-        E queries of a class. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
+        queries. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
         num_scales, per_region = presence.shape[2], max(regions.shape[-1] // presence.shape[2], 1)
-        if self.semantic_matcher is None:
+        if not self.match_semantic:
             taken, nothing = targets.present[None, :, None].expand_as(presence), targets.absent[None, :, None]
             layer, image, scale, kind = taken.nonzero(as_tuple=True)  # (T,) each
-            reference, wanted = points.label, kind
+            reference, weight, wanted = points.label, points.weight, kind
         else:
-            layer, image, scale, kind, wanted = self._share_segments(regions, targets, points)
+            weight, (layer, image, scale, kind, wanted) = self._share_segments(regions, targets, points)
             taken = torch.zeros_like(presence, dtype=torch.bool)
             taken[layer, image, scale, kind] = True
             nothing = ~taken & ~(targets.unknown | targets.loose)[None, :, None]
             reference = points.segment
         per_image = balanced_presence_loss(presence.transpose(1, 2), taken.transpose(1, 2), nothing.transpose(1, 2))
-        mask, dice = self._where_uncertain(regions[layer, image, scale, kind], per_region, reference, points.weight,
-                                           image, wanted)
+        mask, dice = self._where_uncertain(regions[layer, image, scale, kind], per_region, reference, weight, image,
+                                           wanted)
         share = targets.image_weight[image] / (num_scales * normalizers.regions.clamp(min=1))
         empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2)  # (L, B, E, K')
         empty = (empty * nothing).sum(3) / nothing.sum(3).clamp(min=1)  # (L, B, E)
@@ -225,18 +232,23 @@ class Criterion(nn.Module):
         return {"presence": (per_image * per_scale).sum(), "region": region, "region_dice": (dice * share).sum()}
 
     def _share_segments(self, regions, targets, points):
-        """Match each class's E queries with its segments: five int64 tensors (T,), layer, image, scale, class and
-        segment of every pair. Segments beyond E go without, queries beyond the segments have none."""
-        num_classes = regions.shape[3]
-        own = torch.arange(num_classes, device=regions.device).repeat(regions.shape[2])  # (E*K',)
-        # All of a query's probability lies with its own class: (L, B, E*K', K'), by a softmax.
-        logits = (1e3 * F.one_hot(own, num_classes).to(regions)).expand(*regions.shape[:2], -1, -1)
-        layer, image, query, segment = self.semantic_matcher(logits, regions.flatten(2, 3), points.segment,
-                                                             points.weight, targets.labels)
-        classes = torch.nn.utils.rnn.pad_sequence(targets.labels, batch_first=True)  # (B, max M)
-        same = classes[image, segment] == own[query]
-        layer, image, query, segment = layer[same], image[same], query[same], segment[same]
-        return layer, image, query // num_classes, query % num_classes, segment
+        """Match each class's E queries with its E largest segments; of more segments nothing is said.
+
+        Returns:
+            the points' weight (B, P) without those of surplus segments, and five int64 tensors (T,): layer, image,
+            scale, class and segment of every pair. Queries beyond the segments have none.
+        """
+        num_scales, num_classes = regions.shape[2:4]
+        own = torch.arange(num_classes, device=regions.device).repeat(num_scales)  # (E*K',), the class of each query
+        allowed, weight = [], points.weight.clone()
+        for b, labels in enumerate(targets.labels):
+            surplus = _rank_in_class(labels) >= num_scales  # (M,); segments stand in order of size
+            allowed.append((own[:, None] == labels) & ~surplus)
+            # Index -1, of a point without a segment, reads the False at the end.
+            weight[b] *= ~F.pad(surplus, (0, 1))[points.segment[b]]
+        layer, image, query, segment = self.matcher(None, regions.flatten(2, 3), points.segment, weight,
+                                                    targets.labels, allowed)
+        return weight, (layer, image, query // num_classes, query % num_classes, segment)
 
     def _pixel_loss(self, evidence, targets, points, scores, normalizers):
         """-log p of the true class at the shared points: what makes p a probability. evidence (L, B, K', P)."""

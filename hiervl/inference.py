@@ -87,33 +87,40 @@ class InferenceProtocol:
         mode: "whole" image or "sliding" window. window, stride: (height, width) in pixels of a sliding window.
         scales: factors on the image's size; the probabilities at all of them are averaged. flip: and those of the
             mirrored images.
-        kept_only: give the kept classes alone, not all K.
+        kept_only: give the kept classes alone, not all K. short_side: to which the loader resizes test images; only
+            stated here.
     Raises:
         UserError: values that do not go together.
     """
 
     @configurable
-    def __init__(self, mode="whole", window=(512, 512), stride=(341, 341), scales=(1.0,), flip=False, kept_only=False):
+    def __init__(self, mode="whole", window=(512, 512), stride=(341, 341), scales=(1.0,), flip=False, kept_only=False,
+                 short_side=0):
         if mode not in ("whole", "sliding"):
             raise UserError(f"TEST.MODE: {mode!r} is not one of whole, sliding.")
+        if mode == "sliding" and not all(0 < step <= edge for step, edge in zip(stride, window)):
+            raise UserError(f"TEST.STRIDE: {tuple(stride)} must lie between 1 and TEST.WINDOW, {tuple(window)}, or "
+                            "pixels between the windows are never seen.")
         if not scales or min(scales) <= 0:
             raise UserError(f"TEST.SCALES: {tuple(scales)} must be one or more factors above 0.")
         if kept_only and (mode == "sliding" or flip or len(scales) > 1):
             raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
                             "keeps other classes.")
         self.mode, self.window, self.stride = mode, tuple(window), tuple(stride)
-        self.scales, self.flip, self.kept_only = tuple(scales), flip, kept_only
+        self.scales, self.flip, self.kept_only, self.short_side = tuple(scales), flip, kept_only, short_side
 
     @classmethod
     def from_config(cls, cfg):
         test = cfg.TEST
         return {"mode": test.MODE, "window": test.WINDOW, "stride": test.STRIDE, "scales": test.SCALES,
-                "flip": test.FLIP, "kept_only": test.KEPT_ONLY}
+                "flip": test.FLIP, "kept_only": test.KEPT_ONLY, "short_side": cfg.INPUT.TEST_SHORT_SIDE}
 
     def __str__(self):
         parts = ["whole image"]
         if self.mode == "sliding":
             parts = ["sliding window {}x{}, stride {}x{}".format(*self.window, *self.stride)]
+        if self.short_side:
+            parts.append(f"short side {self.short_side}")
         if self.scales != (1.0,):
             parts.append("scales " + " ".join(f"{scale:g}" for scale in self.scales))
         return ", ".join(parts + ["mirrored too"] * self.flip)

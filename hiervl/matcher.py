@@ -1,4 +1,4 @@
-"""Hungarian matching of instance queries to segments (DETR; costs as in Mask2Former), for all decoder layers and
+"""Hungarian matching of queries to segments (DETR; costs as in Mask2Former), for all decoder layers and
 images at once: one cost tensor per image, one transfer to the host."""
 import torch
 import torch.nn.functional as F
@@ -35,19 +35,24 @@ class HungarianMatcher:
         self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
 
     @torch.no_grad()
-    def __call__(self, class_logits, mask_logits, segments, weight, labels):
+    def __call__(self, class_logits, mask_logits, segments, weight, labels, allowed=None):
         """
         Args:
-            class_logits: (L, B, N, K+1), of L predictions. mask_logits: (L, B, N, P), at P points of each image.
+            class_logits: (L, B, N, K+1), of L predictions; None: classes cost nothing.
+            mask_logits: (L, B, N, P), at P points of each image.
             segments: (B, P) int64, the segment at each point. weight: (B, P) validity.
             labels: B tensors (M_b,), the segments' classes.
+            allowed: B tensors (N, M_b) bool, the pairs that may be; None: all.
         Returns:
             (prediction, image, query, segment): four int64 tensors (T,), one entry per matched pair. A pair
             whose cost is not finite is never matched.
         """
         costs, shapes = [], []
         for b, classes in enumerate(labels):
-            cost = self._cost(class_logits[:, b], mask_logits[:, b], segments[b], weight[b], classes)
+            cost = self._cost(None if class_logits is None else class_logits[:, b], mask_logits[:, b], segments[b],
+                              weight[b], classes)
+            if allowed is not None:
+                cost = cost.masked_fill(~allowed[b], torch.inf)
             costs.append(cost.flatten())
             shapes.append(cost.shape)
         host = torch.cat(costs).cpu().split([c.numel() for c in costs])
@@ -55,15 +60,15 @@ class HungarianMatcher:
         for b, (cost, shape) in enumerate(zip(host, shapes)):
             for layer, matrix in enumerate(cost.view(shape)):
                 matched += [(layer, b, q, s) for q, s in _assign(matrix)]
-        matched = torch.tensor(matched, dtype=torch.long).view(-1, 4).to(class_logits.device)
+        matched = torch.tensor(matched, dtype=torch.long).view(-1, 4).to(mask_logits.device)
         return matched.unbind(1)
 
     def _cost(self, class_logits, mask_logits, segments, weight, classes):
-        """One image: (L, N, K+1), (L, N, P), (P,), (P,), (M,) -> (L, N, M)."""
+        """One image: (L, N, K+1) or None, (L, N, P), (P,), (P,), (M,) -> (L, N, M)."""
         masks = (segments[None] == torch.arange(len(classes), device=segments.device)[:, None]).to(mask_logits)
-        return (-self.class_weight * class_logits.softmax(-1)[..., classes]
-                + self.mask_weight * sigmoid_ce_cost(mask_logits, masks, weight)
+        cost = (self.mask_weight * sigmoid_ce_cost(mask_logits, masks, weight)
                 + self.dice_weight * dice_cost(mask_logits, masks, weight))
+        return cost if class_logits is None else cost - self.class_weight * class_logits.softmax(-1)[..., classes]
 
 
 def _assign(cost):

@@ -53,7 +53,8 @@ class HierVL(nn.Module):
         sem_seg: (H, W) int64 labels; ids outside 0..K-1 do not count
         instances: (H, W) int64, numbers of single objects, 0 for none (labelled images, for segments "instances")
         weight: (H, W) float validity of the labels (default 1)
-        valid: (H, W) bool, False on padding (default True)
+        padded: bool, whether the image does not fill its canvas (default False), and then
+            valid: (H, W) bool, False on padding
         feature_dropout: float, share of backbone channels to drop (default 0)
         pseudo: True for a pseudo-labelled image (default False), which also needs
             image_weight: float, its kept share; unknown: (K,) bool, classes that may hide in it;
@@ -102,6 +103,9 @@ class HierVL(nn.Module):
                             f"{', '.join(SEGMENTS)}.")
         class_names, things = metadata.stuff_classes, set(metadata.get("thing_classes", ()))
         text = ClassText(cfg, class_names) if cfg.MODEL.DECODER.CLASSIFIER == "text" else None
+        if text is None and cfg.MODEL.TEXT.CONTROL != "none":
+            raise UserError(f"MODEL.TEXT.CONTROL is {cfg.MODEL.TEXT.CONTROL!r}, but MODEL.DECODER.CLASSIFIER linear "
+                            "reads no texts; set it to none.")
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         return {"backbone": backbone, "pixel_decoder": PixelDecoder(cfg, shapes, text.dim if text else 0), "text": text,
@@ -143,6 +147,7 @@ class HierVL(nn.Module):
         batched_inputs = sorted(batched_inputs, key=lambda x: x.get("pseudo", False))
         kinds = self._kinds(batched_inputs)
         inputs = self._stack(batched_inputs, "image")
+        valid = self._stack(batched_inputs, "valid") if any(x.get("padded") for x in batched_inputs) else None
         images = self.preprocess(inputs)
         dropout = [x.get("feature_dropout", 0.0) for x in batched_inputs]
         names, variants = self._names(distractors=True)
@@ -150,7 +155,7 @@ class HierVL(nn.Module):
         if names is not None:
             present = F.pad(present, (0, len(names) - self.num_classes))
         output = self.encode(images, dropout, names, variants, must_keep=present,
-                             inside=self.inside([x.get("valid") for x in batched_inputs], inputs.shape))
+                             inside=self.inside(inputs.shape, valid))
         losses = {}
         for kind, part, targets in kinds:
             own = normalizers[kind] if normalizers else self.criterion.normalizers(targets, self.decoder.num_queries)
@@ -236,23 +241,28 @@ class HierVL(nn.Module):
         layers = self.decoder(memory, mask_features, kept.text, semantic, last_only)
         return Output(layers, mask_features, features, kept, aligned)
 
-    def predict(self, images, cut: bool = True, valid=None) -> Probabilities:
-        """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes. cut: leave out classes of little relevance;
-        not so for pseudo-labels, where every class must have its probability. valid: B masks (H, W) bool, False on
-        padding, or None."""
-        height, width = images.shape[-2:]
-        padded = self.preprocess(images)
+    def look(self, images, cut: bool = True, valid=None) -> Output:
+        """What inference makes of (B, 3, H, W) images, RGB 0..255; of the decoder's predictions only the last.
+
+        cut: leave out classes of little relevance; not so for pseudo-labels, where every class must have its
+        probability. valid: (B, H, W) bool, False on padding, or None.
+        """
+        names, variants = self._names()
         seen = None
         if cut:
             seen = torch.tensor([name in self.trained_names for name in self.class_names], device=self.device)
-        names, variants = self._names()
-        output = self.encode(padded, None, names, variants, seen=seen, last_only=True,
-                             inside=self.inside(valid or [None], images.shape))
+        return self.encode(self.preprocess(images), None, names, variants, seen=seen, last_only=True,
+                           inside=self.inside(images.shape, valid))
+
+    def predict(self, images, cut: bool = True, valid=None) -> Probabilities:
+        """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes; cut and valid: see `look`."""
+        height, width = images.shape[-2:]
+        output = self.look(images, cut, valid)
         kept = output.kept
         with torch.autocast(self.device.type, enabled=False):  # a threshold of 0.95 needs more than 8 bits
             evidence = output.layers[-1].evidence(output.mask_features, self.scores, kept and kept.relevance)
         # Only the K' class maps are brought to full size, not the masks of all queries.
-        evidence = F.interpolate(evidence, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        evidence = F.interpolate(evidence, scale_factor=4, mode="bilinear", align_corners=False)
         probability = self.scores.normalize(evidence[..., :height, :width])
         if kept is None:
             index = torch.arange(self.num_classes, device=self.device).expand(len(images), -1)
@@ -295,20 +305,18 @@ class HierVL(nn.Module):
             result[kind] = self.criterion.normalizers(targets, self.decoder.num_queries)
         return result
 
-    def inside(self, valid, shape):
-        """What of the padded canvas is image: (B, H', W') bool, or None if all of it is.
+    def inside(self, shape, valid=None):
+        """What of the canvas is image: (B, H', W') bool of the padded size, or None if all of it is or nobody asks.
 
-        valid: list of (H, W) bool masks, or of None for images that fill their (H, W); on the CPU, where the loader
-        made them. shape: (B, 3, H, W) of the images.
+        shape: (B, 3, H, W) of the images. valid: (B, H, W) bool, False on padding; None: there is none.
         """
         batch, _, height, width = shape
-        if all(mask is None or bool(mask.all()) for mask in valid):
-            if height % self.size_divisibility == width % self.size_divisibility == 0:
-                return None
-            valid = [None]
-        whole = torch.ones(height, width, dtype=torch.bool)
-        masks = torch.stack([whole if mask is None else mask for mask in valid])
-        return self._pad(masks.to(self.device), False).expand(batch, -1, -1)
+        fits = height % self.size_divisibility == width % self.size_divisibility == 0
+        if self.query_generator is None or (valid is None and fits):
+            return None
+        if valid is None:
+            valid = torch.ones(1, height, width, dtype=torch.bool, device=self.device)
+        return self._pad(valid, False).expand(batch, -1, -1)
 
     def _pad(self, maps, value):
         """Maps (B, H, W) padded as images are, so that labels and mask features cover the same canvas."""

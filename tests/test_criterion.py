@@ -165,7 +165,8 @@ def test_matched_semantic_queries_share_the_segments_of_their_class():
     points = SharedPoints.draw(targets, 600)
     read = sample_maps(features, points.places)
     regions = torch.stack([torch.einsum("bekc,bpc->bekp", p.region_embed, read) for p in predictions])
-    layer, image, scale, kind, segment = criterion._share_segments(regions, targets, points)
+    weight, (layer, image, scale, kind, segment) = criterion._share_segments(regions, targets, points)
+    assert (weight == points.weight).all()
     for own, classes in enumerate(targets.labels[0].tolist()):
         assert set(kind[segment == own].tolist()) == {classes}  # nobody takes another class's segment
     parts = (targets.labels[0] == 0).nonzero()[:, 0].tolist()
@@ -175,6 +176,23 @@ def test_matched_semantic_queries_share_the_segments_of_their_class():
                    key=lambda q: sum(pair_cost(logits[i], points.segment[0] == part) for i, part in zip(q, parts)))
         mine = (layer == step) & (kind == 0)
         assert {int(s): int(q) for s, q in zip(segment[mine], scale[mine])} == dict(zip(parts, best))
+
+
+def test_of_more_segments_than_queries_the_largest_are_shared():
+    labels = torch.full((1, SIZE, SIZE), 2)
+    for top, left, size in ((0, 0, 10), (0, 14, 8), (14, 0, 6), (24, 24, 4)):
+        labels[0, top:top + size, left:left + size] = 0
+    targets = build_targets(labels, torch.ones(1, SIZE, SIZE), K, segments="components", min_area=4)
+    criterion = make_criterion(match_semantic=True)
+    points = SharedPoints.draw(targets, 2000)
+    # Masks that fit the smallest segment and no other: it is not taken for all that.
+    smallest = (targets.labels[0] == 0).nonzero()[-1, 0]
+    regions = torch.where(points.segment[0] == smallest, 9.0, -9.0).expand(1, 1, E, K, -1)
+    weight, (_, _, _, kind, segment) = criterion._share_segments(regions, targets, points)
+    taken = sorted(segment[kind == 0].tolist())
+    assert taken == (targets.labels[0] == 0).nonzero()[:E, 0].tolist()
+    assert ((weight[0] == 0) == (points.segment[0] == smallest)).all()
+    assert criterion.normalizers(targets, N).regions == (3 + 1) / 3  # class 0 has three, class 2 one
 
 
 def test_a_query_without_a_segment_is_taught_nothing_only_where_that_is_known():

@@ -29,8 +29,8 @@ def test_windows_cover_every_pixel_and_average():
 
 def test_a_protocol_says_what_it_is():
     assert str(InferenceProtocol()) == "whole image"
-    assert str(InferenceProtocol("sliding", (64, 48), (32, 24), scales=(0.5, 1), flip=True)) == (
-        "sliding window 64x48, stride 32x24, scales 0.5 1, mirrored too")
+    assert str(InferenceProtocol("sliding", (64, 48), (32, 24), scales=(0.5, 1), flip=True, short_side=60)) == (
+        "sliding window 64x48, stride 32x24, short side 60, scales 0.5 1, mirrored too")
 
 
 def test_gradients_reach_both_parameters():

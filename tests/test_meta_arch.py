@@ -76,7 +76,7 @@ def test_one_class_trains_and_predicts(kind):
 def test_a_window_as_large_as_the_image_is_the_whole_image():
     image = [{"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}]
     whole = make_network().eval()(image)[0]["sem_seg"]
-    sliding = make_network(protocol=InferenceProtocol("sliding", (64, 96))).eval()(image)[0]["sem_seg"]
+    sliding = make_network(protocol=InferenceProtocol("sliding", (64, 96), (64, 96))).eval()(image)[0]["sem_seg"]
     torch.testing.assert_close(whole, sliding)
     smaller = make_network(protocol=InferenceProtocol("sliding", (48, 64), (32, 48))).eval()(image)[0]["sem_seg"]
     assert smaller.shape == whole.shape and torch.isfinite(smaller).all()
@@ -99,7 +99,9 @@ def test_scales_and_mirrored_images_are_averaged_at_the_size_of_the_result():
 
 
 @pytest.mark.parametrize("options", [{"mode": "tiles"}, {"scales": ()}, {"scales": (0.0,)},
-                                     {"kept_only": True, "flip": True}, {"kept_only": True, "mode": "sliding"}])
+                                     {"kept_only": True, "flip": True}, {"kept_only": True, "mode": "sliding"},
+                                     {"mode": "sliding", "window": (256, 256)},
+                                     {"mode": "sliding", "stride": (0, 9)}])
 def test_protocols_that_cannot_be_are_refused(options):
     with pytest.raises(UserError, match="TEST"):
         InferenceProtocol(**options)
@@ -210,16 +212,19 @@ def test_what_padding_shows_does_not_reach_relevance_or_queries():
     image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     valid = torch.zeros(64, 96, dtype=torch.bool)
     valid[:, :32] = True
-    assert network.inside([torch.ones_like(valid)], (1, 3, 64, 96)) is None
-    inside = network.inside([valid, None], (2, 3, 64, 96))
-    assert inside.shape == (2, 64, 96) and inside[0].equal(valid) and inside[1].all()
-    assert network.inside([None], (2, 3, 40, 96)).flatten(1).sum(1).tolist() == [40 * 96] * 2
+    assert network.inside((1, 3, 64, 96)) is None
+    assert network.inside((2, 3, 40, 96)).flatten(1).sum(1).tolist() == [40 * 96] * 2
+    assert make_network().inside((2, 3, 40, 96)) is None  # nobody asks
     with torch.no_grad():
-        masked = network.predict(image[None].float(), cut=False, valid=[valid]).relevance
-        plain = network.predict(image[None].float(), cut=False).relevance
-    assert (masked < plain).all()  # a log-sum-exp over fewer cells
-    losses = [network.train()([training_input() | {"valid": mask}]) for mask in (valid[:, :64], valid[:, :64] | True)]
-    assert losses[0]["loss_relevance"] != losses[1]["loss_relevance"]
+        masked = network.look(image[None].float(), cut=False, valid=valid[None])
+        plain = network.look(image[None].float(), cut=False)
+    assert (masked.kept.logits < plain.kept.logits).all()  # a log-sum-exp over fewer cells
+    assert not torch.allclose(masked.aligned.queries, plain.aligned.queries)
+    sample = training_input() | {"valid": valid[:, :64]}
+    losses = [network.train()([sample | {"padded": padded}])["loss_relevance"] for padded in (True, False)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(network([sample | {"padded": True, "valid": torch.ones(64, 64, dtype=torch.bool)}])
+                               ["loss_relevance"], losses[1])
 
 
 @kinds

@@ -20,11 +20,12 @@ def decays(network, *overrides):
 def test_weight_decay_spares_embeddings_and_vectors_but_no_linear_layer():
     network = make_network(kind="hiervl")
     network.backbone.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+    network.backbone.reg_token = torch.nn.Parameter(torch.zeros(1, 4, 8))
     network.backbone.pos_embed = torch.nn.Parameter(torch.zeros(1, 4, 8))
     found = decays(network)
     spared = {"decoder.query_feat.weight", "decoder.query_embed.weight", "decoder.level_embed.weight",
               "decoder.set_embed.weight", "query_generator.level_embed.weight", "backbone.cls_token",
-              "backbone.pos_embed", "pixel_decoder.transformer.level_embed"}
+              "backbone.reg_token", "backbone.pos_embed", "pixel_decoder.transformer.level_embed"}
     assert spared <= found.keys()
     for name, parameter in network.named_parameters():
         assert found[name] == (0 if parameter.ndim < 2 or name in spared else 0.05), name

@@ -66,6 +66,10 @@ def test_classes_that_do_not_fit(capsys, root):
     (("MODEL.CRITERION.SEGMENTS", "blobs"), "MODEL.CRITERION.SEGMENTS: 'blobs'"),
     (("MODEL.CRITERION.SEMANTIC_MATCHING", "free"), "MODEL.CRITERION.SEMANTIC_MATCHING: 'free'"),
     (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian"), "MODEL.CRITERION.SEGMENTS to components"),
+    (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian", "MODEL.CRITERION.SEGMENTS", "components",
+      "MODEL.DECODER.SEMANTIC", "False"), "MODEL.DECODER.SEMANTIC is False"),
+    (("MODEL.TEXT.CONTROL", "random", "MODEL.DECODER.CLASSIFIER", "linear"), "MODEL.TEXT.CONTROL"),
+    (("MODEL.TEXT.CONTROL", "random", "MODEL.TEXT.CONTEXT_TOKENS", "2"), "MODEL.TEXT.CONTROL"),
 ])
 def test_wrong_config(capsys, root, overrides, expected):
     assert expected in mistake(capsys, root, *overrides)

@@ -155,10 +155,9 @@ class Bench:
         """Class scores of the first image, of query masks at the image's size: (K, H, W)."""
         model = self.model.eval()
         with reference_path():
-            padded = model.preprocess(self.images[:1])
-            output = model.encode(padded, names=model.text and model.text(), last_only=True)
+            output = model.look(self.images[:1])
             last = output.layers[-1]
-            masks = F.interpolate(last.masks(output.mask_features), size=padded.shape[-2:], mode="bilinear")
+            masks = F.interpolate(last.masks(output.mask_features), scale_factor=4, mode="bilinear")
         height, width = self.images.shape[-2:]
         masks = masks[0, :, :height, :width].sigmoid()  # (N, H, W)
         return torch.einsum("nk,nhw->khw", last.class_logits[0].softmax(-1)[:, :-1], masks)

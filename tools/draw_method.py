@@ -56,10 +56,8 @@ class Seen:
     def look(cls, network, sample, colors, names) -> "Seen":
         network.set_classes(names)
         image = sample["image"][None].to(network.device, torch.float32)
-        seen = torch.tensor([name in network.trained_names for name in names], device=network.device)
         with torch.no_grad():
-            output = network.encode(network.preprocess(image), names=network.text(), seen=seen,
-                                    inside=network.inside([None], image.shape))
+            output = network.look(image)
         label = read_label(sample["sem_seg_file_name"])
         return cls(network, sample["image"].permute(1, 2, 0).numpy(), label, output,
                    [names[k] for k in output.kept.index[0]], colors)

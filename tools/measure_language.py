@@ -29,6 +29,7 @@ from hiervl.data.images import read_label  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.evaluation.evaluator import SegmentationEvaluator  # noqa: E402
+from hiervl.inference import InferenceProtocol  # noqa: E402
 from hiervl.text.word_lists import read_lines  # noqa: E402
 from tools import trained  # noqa: E402
 
@@ -260,9 +261,10 @@ def build(args) -> tuple:
     if not cfg.MODEL.HSQG.ENABLED:
         raise UserError("MODEL.HSQG.ENABLED is False: without it no name is kept or suppressed; choose a config with "
                         "it, such as configs/camvid_23_hiervl.yaml.")
-    if cfg.TEST.MODE != "whole":
-        raise UserError(f"TEST.MODE is {cfg.TEST.MODE}; which names are kept is a question to whole images: set it to "
-                        "whole.")
+    protocol = str(InferenceProtocol(cfg))
+    if protocol != "whole image":
+        raise UserError(f"TEST says: {protocol}; which names are kept is a question to whole images, one view of each: "
+                        "set TEST.MODE to whole, TEST.SCALES to (1.0,), TEST.FLIP to False, INPUT.TEST_SHORT_SIDE 0.")
     network = trained.load(cfg, args.model)
     seen = network.text.distractors()[0]
     taken = {word.casefold() for word in (*seen, *network.class_names)}

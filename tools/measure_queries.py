@@ -43,13 +43,12 @@ class Counts:
     ious: list = field(default_factory=list)
 
     def table(self) -> dict:
-        """Percent, but for the first two rows."""
         return {"instance queries": len(self.used_by), "used per image": self.used / max(self.images, 1),
-                "never used": _percent((self.used_by == 0).sum(), len(self.used_by)),
-                "duplicates among the used": _percent(self.duplicates, self.used),
-                "objects found, class right": _percent(self.found, self.objects),
-                "objects found, any class": _percent(self.found_any, self.objects),
-                "mean best IoU": 100 * float(np.mean(self.ious)) if self.ious else None}
+                "% of them never used": _percent((self.used_by == 0).sum(), len(self.used_by)),
+                "% of the used that are duplicates": _percent(self.duplicates, self.used),
+                "% of objects found, class right": _percent(self.found, self.objects),
+                "% of objects found, any class": _percent(self.found_any, self.objects),
+                "mean best IoU, %": 100 * float(np.mean(self.ious)) if self.ious else None}
 
 
 def _percent(part, whole):
@@ -61,21 +60,22 @@ def count(counts: Counts, classes, certain, masks, objects, overlap: float):
 
     Args:
         classes, certain: (N,) the likeliest class of each query, and how likely it is that it holds an object.
-        masks: (N, H, W) bool. objects: list of (class, (H, W) bool). overlap: IoU from which two masks are one.
+        masks: (N, P) bool, at the pixels that count. objects: list of (class, (P,) bool).
+        overlap: IoU from which two masks are one.
     """
-    flat = masks.flatten(1).float()
-    order = [n for n in certain.argsort(descending=True).tolist() if certain[n] > 0.5 and flat[n].any()]
+    order = [n for n in certain.argsort(descending=True).tolist() if certain[n] > 0.5 and masks[n].any()]
+    masks = masks[order].float()
     counts.images += 1
     counts.used += len(order)
     counts.used_by[order] += 1
-    alike = iou(flat[order], flat[order])
+    alike = iou(masks, masks)
     same = classes[order][:, None] == classes[order]
     counts.duplicates += int(((alike >= overlap) & same).tril(-1).any(1).sum())
     counts.objects += len(objects)
     if not objects or not order:
         counts.ious += [0.0] * len(objects)
         return
-    reached = iou(torch.stack([mask.flatten() for _, mask in objects]).float(), flat[order])  # (M, used)
+    reached = iou(torch.stack([mask for _, mask in objects]).float(), masks)  # (M, used)
     right = classes[order] == torch.tensor([[k] for k, _ in objects])
     counts.found += int(((reached >= FOUND) & right).any(1).sum())
     counts.found_any += int((reached >= FOUND).any(1).sum())
@@ -88,16 +88,20 @@ def iou(first, second):
     return both / (first.sum(1)[:, None] + second.sum(1) - both).clamp(min=1)
 
 
-def true_objects(sample, num_classes: int, first_instance: int) -> list:
-    """[(class, (H, W) bool)]: the instances of an image (numbers from `first_instance` on) or, without a map of them,
-    its class regions."""
-    label = read_label(sample["sem_seg_file_name"])
-    numbers = np.zeros(label.shape, np.int64)
+def true_objects(sample, num_classes: int, first_instance: int) -> tuple:
+    """What an image shows: (which pixels count (H, W) bool, [(class, (P,) bool at those pixels)]).
+
+    Objects are the instances, of numbers from `first_instance` on, or class regions where there is no map of them.
+    """
+    label = read_label(sample["sem_seg_file_name"]).astype(np.int64)
+    counts = label < num_classes
+    label, numbers = label[counts], np.zeros(counts.sum(), np.int64)
     if "instances_file_name" in sample:
-        numbers = read_label(sample["instances_file_name"]).astype(np.int64)
+        numbers = read_label(sample["instances_file_name"]).astype(np.int64)[counts]
         label = np.where(numbers >= first_instance, label, num_classes)
-    pairs = np.unique(np.stack((label.ravel(), numbers.ravel())), axis=1).T
-    return [(int(k), torch.from_numpy((label == k) & (numbers == n))) for k, n in pairs if k < num_classes]
+    pairs = np.unique(np.stack((label, numbers)), axis=1).T
+    return (torch.from_numpy(counts),
+            [(int(k), torch.from_numpy((label == k) & (numbers == n))) for k, n in pairs if k < num_classes])
 
 
 @torch.no_grad()
@@ -105,8 +109,7 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
     counts = Counts(np.zeros(network.decoder.num_queries, np.int64))
     for sample in samples:
         image = sample["image"][None].to(network.device, torch.float32)
-        output = network.encode(network.preprocess(image), names=network.text and network.text(), last_only=True,
-                                inside=network.inside([None], image.shape))
+        output = network.look(image)
         last = output.layers[-1]
         masks = F.interpolate(last.masks(output.mask_features), scale_factor=4, mode="bilinear", align_corners=False)
         masks = F.interpolate(masks[..., :image.shape[2], :image.shape[3]], size=(sample["height"], sample["width"]),
@@ -115,8 +118,8 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
         classes = probability[:, :-1].argmax(1)
         if output.kept is not None:
             classes = output.kept.index[0][classes]
-        objects = true_objects(sample, network.num_classes, first_instance)
-        count(counts, classes.cpu(), 1 - probability[:, -1].cpu(), masks.cpu(), objects, overlap)
+        pixels, objects = true_objects(sample, network.num_classes, first_instance)
+        count(counts, classes.cpu(), 1 - probability[:, -1].cpu(), masks.cpu()[:, pixels], objects, overlap)
     return counts
 
 
@@ -128,7 +131,7 @@ def run(args):
     samples = (mapper(index[i]) for i in range(len(index)))
     table = measure(network, samples, table_of(part).first_instance, args.overlap).table()
     print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-",
-                   headers=[f"{len(index)} images of {part}", "percent"]))
+                   headers=[f"{len(index)} images of {part}", ""]))
     os.makedirs(args.output, exist_ok=True)
     path = os.path.join(args.output, "queries.json")
     with atomic_write(path, "w") as file:

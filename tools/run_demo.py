@@ -23,7 +23,7 @@ from hiervl.data import shapes  # noqa: E402
 from hiervl.data.datasets import data_root, table_of  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
 from tools import trained  # noqa: E402
-from tools.demo import Segmenter  # noqa: E402
+from tools.demo import Segmenter, write  # noqa: E402
 
 RUNS = {"labelled only": "configs/shapes_supervised.yaml", "semi-supervised": "configs/shapes.yaml"}
 
@@ -63,7 +63,7 @@ class Run:
         self.seconds = self.seconds or time.time() - self.start
         return True
 
-    def teacher(self):
+    def last_result(self):
         with open(os.path.join(self.output, "results.json")) as file:
             last = json.load(file)["last"]
         return last["iteration"], last["shapes_val"]
@@ -85,7 +85,7 @@ def report(runs, output):
     """Print the table; return the content of result.json."""
     rows, result = [], {}
     for run in runs:
-        iteration, models = run.teacher()
+        iteration, models = run.last_result()
         result[run.title] = {"command": f"python train_net.py --config-file {run.config} SOLVER.MAX_ITER {iteration}",
                              "iterations": iteration, "seconds": round(run.seconds, 1),
                              **{name: {k: round(m[k], 2) for k in ("mIoU", "pACC", "ECE")}
@@ -100,8 +100,8 @@ def report(runs, output):
     return result
 
 
-def picture(runs, images, path):
-    """One column per image: the image, its true classes, and what each run's network says."""
+def picture(runs, root, images, path):
+    """One column per image of shapes_val: the image, its true classes, and what each run's network says."""
     table = table_of("shapes_val")
     colors = np.array([*table.colors, *[(0, 0, 0)] * (256 - len(table.colors))], np.uint8)
     weights = [["MODEL.WEIGHTS", os.path.join(run.output, "model_final.pth")] for run in runs]
@@ -109,10 +109,10 @@ def picture(runs, images, path):
     columns = []
     for image in images:
         said = [network.labels(network(image)[1]) for network in networks]
-        truth = read_label(image.replace("images", "masks"))
+        truth = read_label(os.path.join(root, "masks", "val", os.path.basename(image)))
         column = [cv2.imread(image)[..., ::-1], colors[truth], *(colors[label] for label in said)]
         columns.append(np.vstack([_framed(part) for part in column]))
-    cv2.imwrite(path, np.hstack(columns)[..., ::-1])
+    write(path, np.hstack(columns)[..., ::-1])
 
 
 def _framed(part, scale=2.5, border=4):
@@ -142,7 +142,7 @@ def main():
     report(runs, args.output)
     weights = os.path.join(runs[1].output, "model_final.pth")
     images = [os.path.join(root, "images", "val", f"{i:05d}.png") for i in range(8)]
-    picture(runs, images, os.path.join(args.output, "comparison.png"))
+    picture(runs, root, images, os.path.join(args.output, "comparison.png"))
     overlays = os.path.join(args.output, "overlays")
     subprocess.run([sys.executable, "-W", "ignore", "tools/demo.py", "--config-file", runs[1].config,
                     "--input", *images, "--output", overlays, "--opts", "MODEL.WEIGHTS", weights], check=True)

@@ -1,12 +1,11 @@
 """What the tools share that look at a trained network: their options, and how the network is loaded."""
 import argparse
 
-import torch
 from detectron2.modeling import build_model
 
 from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
 from hiervl.checkpoint import load_network
-from hiervl.config import load_config
+from hiervl.config import load_config, use_cpu_without_gpu
 from hiervl.errors import UserError
 
 
@@ -22,8 +21,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def read_config(config_file: str, overrides: list):
     """The config, on a GPU only if there is one."""
     cfg = load_config(config_file, overrides)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    use_cpu_without_gpu(cfg)
     return cfg
 
 

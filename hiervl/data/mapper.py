@@ -141,9 +141,10 @@ class TrainMapper:
             want: (class, pixels): draw the crop again until it holds so many pixels of the class.
 
         Returns:
-            ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), False on padding;
-            ``file_name``, ``image_id``. If asked for, ``instances`` int64 (h, w): a number > 0 for every single
-            object, whose class is that of its pixels in ``sem_seg``; 0 elsewhere (stuff, groups, padding).
+            ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), False on padding,
+            and ``padded``, whether there is any; ``file_name``, ``image_id``. If asked for, ``instances`` int64 (h, w):
+            a number > 0 for every single object, whose class is that of its pixels in ``sem_seg``; 0 elsewhere (stuff,
+            groups, padding).
         """
         image, label = read_image(record["file_name"]), read_label(record["sem_seg_file_name"])
         _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
@@ -153,6 +154,7 @@ class TrainMapper:
             "image": self._to_tensor(geometry.apply(image)),
             "sem_seg": self._label_tensor(geometry.apply(label, nearest=True)),
             "valid": self._valid(geometry),
+            "padded": geometry.size != self.crop_size,
         }
         if self.instances:
             numbers = read_label(record["instances_file_name"])
@@ -178,7 +180,7 @@ class TrainMapper:
 
         Returns:
             ``image`` uint8 (3, h, w), the weak view; ``strong``, a list of the same; ``valid`` bool (h, w),
-            False on padding; ``file_name``, ``image_id``.
+            False on padding, and ``padded``, whether there is any; ``file_name``, ``image_id``.
         """
         image = read_image(record["file_name"])
         geometry = self._draw(rng, image.shape[:2])
@@ -191,6 +193,7 @@ class TrainMapper:
                 self._to_tensor(strong_view(weak, r, self.jitter, grey_prob=self.grey_prob)) for r in strong_rngs
             ],
             "valid": self._valid(geometry),
+            "padded": geometry.size != self.crop_size,
         }
         if measure and "sem_seg_file_name" in record:
             label = read_label(record["sem_seg_file_name"])

@@ -2,9 +2,8 @@
 
 Up to five objects per image, which may hide one another, on a background of gradients, noise, strokes and coloured
 patches that belong to no class. A class is a colour and a shape ("red cross"), so that its name means something;
-shades are random and mean nothing. A tiny network learns this from scratch within a thousand steps if it has
-labels enough. Ragged patches in the objects' own colours lie in the
-background, so that neither colour nor shape alone decides.
+shades are random and mean nothing. Ragged patches in the objects' own colours lie in the background, so that neither
+colour nor shape alone decides. A tiny network learns this from scratch within a thousand steps if it has labels enough.
 
 Image i of a part is a function of (seed, part, i): a larger set begins with the smaller one.
 """
@@ -106,7 +105,7 @@ def _paint(
     steps = (np.arange(side * _FINE, dtype=np.float32) + 0.5) / _FINE - reach
     y, x = np.meshgrid(steps, steps, indexing="ij")  # pixels from the centre
     u, v = _turned(x / radius, -y / radius, generator.uniform(-0.4, 0.4))
-    # The texture is turned on its own: the direction of its stripes tells nothing about the shape.
+    # The texture is turned on its own: the direction of its shading tells nothing about the shape.
     a, b = _turned(x, y, generator.uniform(0, np.pi))
     period = radius * generator.uniform(0.4, 0.6)
     a, b = (2 * np.pi / period * t + generator.uniform(0, 2 * np.pi) for t in (a, b))
@@ -133,7 +132,7 @@ def _blend(image: np.ndarray, colours: np.ndarray, alpha: np.ndarray, place: tup
 
 
 def _background(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Gradient, blotches, textured patches and strokes, float32 (size, size, 3): nothing that has a class."""
+    """Gradient, blotches, coloured patches and strokes, float32 (size, size, 3): nothing that has a class."""
     corners = generator.uniform(60, 195, (2, 2, 1)) + generator.uniform(-30, 30, (2, 2, 3))
     blotches = generator.normal(0, 15, (size // 8 + 1, size // 8 + 1, 3)).astype(np.float32)
     image = cv2.resize(corners.astype(np.float32), (size, size))
@@ -168,7 +167,7 @@ def _any(generator: np.random.Generator, table: dict[str, Plane]) -> Plane:
 
 
 def _two_shades(generator: np.random.Generator, colour: str) -> tuple[np.ndarray, np.ndarray]:
-    """A light and a dark shade of a colour, float32 RGB: a texture must be visible."""
+    """A light and a dark shade of a colour, float32 RGB."""
     centre, spread = COLOURS[colour]
     hue = (centre + generator.uniform(-spread, spread)) % 360
     saturation = generator.uniform(0.65, 1)

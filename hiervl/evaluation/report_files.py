@@ -21,7 +21,7 @@ def write_report_files(result: dict, folder: str, previous: dict | None = None) 
         result: content of a result file.
         previous: another one over the same classes, to compare with (see per_class_table).
     """
-    protocol = f", {result['protocol']}" if result["protocol"] else ""
+    protocol = f", {result['protocol']}" if result.get("protocol") else ""
     text = f"{result['dataset']}: {result['images']} images{protocol}\n\n{per_class_table(result, previous)}\n\n"
     text += f"{reliability_table(result)}\n"
     matrix = np.array(result["confusion_matrix"])

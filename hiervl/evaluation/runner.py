@@ -11,7 +11,6 @@ from detectron2.evaluation import inference_on_dataset
 from ..checkpoint import atomic_write
 from ..data.datasets import dataset_index
 from ..data.loaders import build_test_loader
-from ..inference import InferenceProtocol
 from .evaluator import RESULT_FILE, SegmentationEvaluator
 from .report import load_result
 from .report_files import write_report_files
@@ -23,7 +22,7 @@ class Evaluation:
     """
     Args:
         cfg: reads DATASETS.TEST, TEST and OUTPUT_DIR.
-        models: {"student": network, "teacher": network}; results are reported for each.
+        models: {"student": network, "teacher": network}, each with its `protocol`; results are reported for each.
 
     Attributes:
         results: {"last": {...}, "best": {...}}, each {"iteration", data set: {model: metrics}}; also in
@@ -36,7 +35,6 @@ class Evaluation:
         self.models = models
         self.path = os.path.join(cfg.OUTPUT_DIR, "results.json")
         self.results = {}
-        self.protocol = str(InferenceProtocol(cfg))
         self._previous = {(name, kind): _previous_result(cfg.TEST.COMPARE, name, kind)
                           for name in cfg.DATASETS.TEST for kind in models}
 
@@ -57,7 +55,7 @@ class Evaluation:
                     entry[name][kind] = metrics
                     flat[f"{name}/{kind}"] = metrics
                     logger.info("%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), "
-                                "ECE %.2f", name, kind, iteration, self.protocol, metrics["mIoU"], metrics["ECE"])
+                                "ECE %.2f", name, kind, iteration, model.protocol, metrics["mIoU"], metrics["ECE"])
         if not comm.is_main_process():
             return {}, False
         return flat, self._record(entry)
@@ -68,10 +66,14 @@ class Evaluation:
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
         evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images,
-                                          protocol=self.protocol)
+                                          protocol=str(model.protocol))
         results = inference_on_dataset(model, loader, evaluator)
         if evaluator.result is not None:
-            write_report_files(evaluator.result, output_dir, self._previous[name, kind])
+            previous = self._previous[name, kind]
+            if previous and previous.get("protocol") != evaluator.result["protocol"]:
+                logger.warning("%s: compared with a result of another protocol (%s instead of %s)", name,
+                               previous.get("protocol"), evaluator.result["protocol"])
+            write_report_files(evaluator.result, output_dir, previous)
         # A class that does not occur has no IoU; JSON knows no NaN.
         return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None
 

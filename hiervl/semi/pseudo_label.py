@@ -54,7 +54,7 @@ class PseudoLabelHook(HookBase):
         images = torch.stack([x["image"] for x in unlabeled]).to(teacher.device).float()
         valid = torch.stack([x["valid"] for x in unlabeled]).to(teacher.device)
         with self.trainer.autocast():
-            said = teacher.predict(images, cut=False, valid=[x["valid"] for x in unlabeled])
+            said = teacher.predict(images, cut=False, valid=valid if any(x["padded"] for x in unlabeled) else None)
         return PseudoLabels.from_scores(
             said.dense().float(), valid, teacher.class_names, relevance=said.relevance,
             looked_for=said.spread(torch.ones_like(said.index, dtype=torch.bool)[..., None, None])[..., 0, 0],
@@ -63,8 +63,8 @@ class PseudoLabelHook(HookBase):
     def student_inputs(self, unlabeled, pseudo, weight):
         """One input per stream and sample (images that are there only as CutMix partners excepted)."""
         possible = self.possible(pseudo)
-        label = [{"sem_seg": pseudo.labels[i], "weight": weight[i], "valid": sample["valid"], "unknown": possible[i]}
-                 for i, sample in enumerate(unlabeled)]
+        label = [{"sem_seg": pseudo.labels[i], "weight": weight[i], "valid": pseudo.valid[i],
+                  "padded": sample["padded"], "unknown": possible[i]} for i, sample in enumerate(unlabeled)]
         inputs = []
         for i, sample in enumerate(unlabeled):
             if sample.get("extra"):
@@ -75,7 +75,7 @@ class PseudoLabelHook(HookBase):
                     inputs.append(_input(image, label[i]) | self._teacher(pseudo, i))
                 else:
                     mixed = {k: paste(box, label[i][k], label[j][k]) for k in ("sem_seg", "weight", "valid")}
-                    mixed["unknown"] = label[i]["unknown"] | label[j]["unknown"]
+                    mixed |= {k: label[i][k] | label[j][k] for k in ("unknown", "padded")}
                     inputs.append(_input(paste(box, image, unlabeled[j]["strong"][view]), mixed)
                                   | self._teacher(pseudo, i, j, box))
             if self.feature_dropout > 0:
@@ -133,7 +133,7 @@ def _input(image, label):
     """A training input whose losses count by its kept share of the non-padding pixels."""
     share = label["weight"].sum() / label["valid"].sum().clamp(min=1)
     return {"image": image, "sem_seg": label["sem_seg"], "weight": label["weight"], "unknown": label["unknown"],
-            "valid": label["valid"], "image_weight": share, "pseudo": True}
+            "valid": label["valid"], "padded": label["padded"], "image_weight": share, "pseudo": True}
 
 
 def _per_class(labels, weight, class_names):

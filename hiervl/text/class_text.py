@@ -65,6 +65,9 @@ class ClassText(nn.Module):
             source = TextTower(options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions,
                                options.CACHE)
         words = read_lines(options.DISTRACTORS, "MODEL.TEXT.DISTRACTORS") if options.DISTRACTORS else ()
+        if options.CONTROL == "random" and options.CONTEXT_TOKENS:
+            raise UserError("MODEL.TEXT.CONTROL random takes the tower away that MODEL.TEXT.CONTEXT_TOKENS needs; set "
+                            "the one to none or the other to 0.")
         source = with_control(source, options.CONTROL, class_names)
         return {"source": source, "class_names": class_names, "center": options.CENTER, "adapter": options.ADAPTER,
                 "context_tokens": options.CONTEXT_TOKENS, "distractors": words}

@@ -90,9 +90,10 @@ class EmbeddingTable:
         known = [name for file in self.files for name in file.rows]
         near = difflib.get_close_matches(missing[0], known, n=3)
         text = "" if owner == missing[0] else f", text {missing[0]!r}"
+        way_out = ", or without texts of their own set MODEL.TEXT.DEFINITIONS to ''" if text else ""
         raise UserError(f"{self.files[0].path}: no text embedding for {owner!r}{text} ({len(missing)} missing of "
                         f"{total}; similar: {', '.join(near) or 'none'}); make a file for these names, see "
-                        "datasets/README.md, or name one that has them in MODEL.TEXT.EXTRA_EMBEDDINGS.")
+                        f"datasets/README.md, or name one that has them in MODEL.TEXT.EXTRA_EMBEDDINGS{way_out}.")
 
 
 def _indexed(file, class_names):

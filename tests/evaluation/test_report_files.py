@@ -57,7 +57,7 @@ class Half(torch.nn.Module):
 
     def __init__(self, p):
         super().__init__()
-        self.p = p
+        self.p, self.protocol = p, "whole image"
 
     def forward(self, inputs):
         height, width = inputs[0]["height"], inputs[0]["width"]

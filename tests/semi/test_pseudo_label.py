@@ -22,6 +22,7 @@ class Teacher(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def predict(self, images, cut=True, valid=None):
+        self.valid = valid
         scores = torch.full((len(images), K, SIZE, SIZE), 0.02) * self.weight
         for i in range(len(images)):
             scores[i, i] = 0.9
@@ -41,7 +42,8 @@ def make_hook(unlabeled, weight=1.0, feature_dropout=0.0, iteration=10):
 def make_sample(i, partner, box, **extra):
     return {"image": torch.full((3, SIZE, SIZE), i, dtype=torch.uint8), "file_name": f"{i}.jpg",
             "strong": [torch.full((3, SIZE, SIZE), 10 + i, dtype=torch.uint8)],
-            "cutmix_box": [box], "partner": partner, "valid": torch.ones(SIZE, SIZE, dtype=torch.bool), **extra}
+            "cutmix_box": [box], "partner": partner, "valid": torch.ones(SIZE, SIZE, dtype=torch.bool),
+            "padded": False, **extra}
 
 
 def test_cutmix_mixes_image_label_and_validity_alike():
@@ -76,6 +78,21 @@ def test_the_teacher_is_never_in_the_gradient():
     for item in hook.trainer.pseudo_inputs:
         assert not any(torch.is_tensor(v) and v.requires_grad for v in item.values())
     assert not any(v.requires_grad for v in hook.trainer.log.values())
+
+
+def test_padding_is_told_to_teacher_and_student():
+    samples = [make_sample(0, 1, (2, 4, 6, 8)), make_sample(1, 0, None)]
+    samples[1]["valid"][4:] = False
+    samples[1]["padded"] = True
+    hook = make_hook(samples)
+    hook.before_step()
+    assert hook.trainer.teacher.model.valid.equal(torch.stack([x["valid"] for x in samples]))
+    mixed, plain = hook.trainer.pseudo_inputs
+    assert mixed["padded"] and plain["padded"] and plain["valid"].equal(samples[1]["valid"])
+    assert not mixed["valid"][4:6, 4:8].any() and mixed["valid"].sum() == SIZE * SIZE - 8
+    hook = make_hook([make_sample(0, 1, None), make_sample(1, 0, None)])
+    hook.before_step()
+    assert hook.trainer.teacher.model.valid is None and not hook.trainer.pseudo_inputs[0]["padded"]
 
 
 def test_streams():

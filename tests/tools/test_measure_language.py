@@ -146,7 +146,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     args = tool.parse_args(call)
     torch.save({"model": build_model(tool.trained.read_config(args.config_file, args.opts)).state_dict()}, weights)
     assert tool.main([*call, "MODEL.WEIGHTS", weights, "TEST.MODE", "sliding"]) == 2
-    assert "set it to whole" in capsys.readouterr().err
+    assert "set TEST.MODE to whole" in capsys.readouterr().err
     assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0
     assert "bit-equal before and after K = 25, " in capsys.readouterr().out
     with open(tmp_path / "out" / "language.json") as file:

@@ -13,11 +13,11 @@ from tools import measure_queries as tool
 
 
 def boxes(*corners):
-    """Masks (N, 8, 8): True between (top, left) and (bottom, right)."""
+    """Masks (N, 8*8): True between (top, left) and (bottom, right)."""
     masks = torch.zeros(len(corners), 8, 8, dtype=torch.bool)
     for mask, (top, left, bottom, right) in zip(masks, corners):
         mask[top:bottom, left:right] = True
-    return masks
+    return masks.flatten(1)
 
 
 def test_queries_are_counted():
@@ -28,11 +28,11 @@ def test_queries_are_counted():
     counts = tool.Counts(np.zeros(6, np.int64))
     tool.count(counts, classes, certain, masks, objects, overlap=0.7)
     table = counts.table()
-    assert table["used per image"] == 4 and table["never used"] == pytest.approx(100 * 2 / 6)
-    assert table["duplicates among the used"] == 25  # the second; the third is of another class
-    assert table["objects found, class right"] == pytest.approx(100 / 3)
-    assert table["objects found, any class"] == pytest.approx(200 / 3)
-    assert table["mean best IoU"] == pytest.approx(100 * (0.75 + 1 + 0) / 3)
+    assert table["used per image"] == 4 and table["% of them never used"] == pytest.approx(100 * 2 / 6)
+    assert table["% of the used that are duplicates"] == 25  # the second; the third is of another class
+    assert table["% of objects found, class right"] == pytest.approx(100 / 3)
+    assert table["% of objects found, any class"] == pytest.approx(200 / 3)
+    assert table["mean best IoU, %"] == pytest.approx(100 * (0.75 + 1 + 0) / 3)
 
 
 def test_an_image_in_which_nothing_is_used():
@@ -40,8 +40,9 @@ def test_an_image_in_which_nothing_is_used():
     tool.count(counts, torch.zeros(2, dtype=torch.long), torch.zeros(2), boxes((0, 0, 4, 4), (0, 0, 4, 4)),
                [(0, boxes((0, 0, 4, 4))[0])], overlap=0.7)
     table = counts.table()
-    assert table["never used"] == 100 and table["objects found, any class"] == 0 and table["mean best IoU"] == 0
-    assert table["duplicates among the used"] is None
+    assert table["% of them never used"] == 100
+    assert table["% of objects found, any class"] == table["mean best IoU, %"] == 0
+    assert table["% of the used that are duplicates"] is None
 
 
 def test_objects_are_instances_or_else_class_regions(tmp_path):
@@ -50,11 +51,12 @@ def test_objects_are_instances_or_else_class_regions(tmp_path):
     numbers[:, :2], numbers[:, 2:4] = 1, 2
     sample = {"sem_seg_file_name": str(tmp_path / "label.png")}
     cv2.imwrite(sample["sem_seg_file_name"], label)
-    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)] == [(0, 7), (1, 16)]
+    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)[1]] == [(0, 7), (1, 16)]
+    assert int(tool.true_objects(sample, 2, 1)[0].sum()) == 23  # one pixel is ignored
     sample["instances_file_name"] = str(tmp_path / "numbers.png")
     cv2.imwrite(sample["instances_file_name"], numbers)
-    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)] == [(1, 8), (1, 8)]
-    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 2)] == [(1, 8)]
+    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)[1]] == [(1, 8), (1, 8)]
+    assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 2)[1]] == [(1, 8)]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
