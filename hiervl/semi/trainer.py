@@ -42,7 +42,9 @@ class SemiSupervisedTrainer(TrainerBase):
         self.cfg = cfg
         torch.manual_seed(cfg.SEED)
         self.student = build_model(cfg)
+        on_gpu = self.student.device.type == "cuda"
         self.model = create_ddp_model(self.student, broadcast_buffers=False,
+                                      device_ids=[comm.get_local_rank()] if on_gpu else None,
                                       find_unused_parameters=may_lack_gradients(cfg))
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
