@@ -1,4 +1,5 @@
 """The benchmark's own arithmetic: what it counts, and that what it compares does the same work."""
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -102,4 +103,13 @@ def test_every_part_has_its_module():
 
     options = benchmark.make_parser().parse_args([])
     assert options.part == "all" and set(benchmark.PARTS) == {
-        "op", "step", "inference", "matcher", "evaluation", "scaling"}
+        "op", "step", "inference", "matcher", "evaluation", "scaling", "prepare"}
+
+
+def test_preparation_is_measured_by_running_the_script(monkeypatch):
+    import bench_prepare as bench
+
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
+    (_, rows), = bench.run(argparse.Namespace(masks=3))[0].items()
+    assert [row["processes"] for row in rows] == [1, 1]
+    assert all(row["images/s"] > 0 and row["peak MB"] > 50 for row in rows)
