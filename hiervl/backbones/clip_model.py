@@ -4,7 +4,6 @@ they are. Besides res2..res5 they give dense embeddings in the text space (`dens
 CLIP was trained with other colours than ImageNet's networks: MODEL.PIXEL_MEAN [122.771, 116.746, 104.094],
 MODEL.PIXEL_STD [68.501, 66.632, 70.323]. Sizes that are no multiple of the patch: see feature_pyramid.py.
 """
-import copy
 import logging
 
 from detectron2.config import configurable
@@ -15,7 +14,6 @@ from detectron2.modeling.backbone import Backbone
 from ..clip import load_clip
 from .clip_towers import ViTTower, build_tower
 from .feature_pyramid import STRIDES, SimpleFeaturePyramid
-from .frozen_norm import freeze_norms
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +52,12 @@ class CLIPBackbone(Backbone):
         """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride)."""
         return self._features(self.tower(image)[0], image)
 
-    def forward_with_text(self, image):
-        """`forward` and `dense_text_features` in one pass."""
-        maps, dense = self.tower(image, dense=True)
-        return self._features(maps, image), dense
-
     def dense_text_features(self, image):
         """(B, 3, H, W) -> embeddings in the text space, (B, Dt, H/dense_stride, W/dense_stride) of unit length.
 
         For ViTs the last block's value path (MaskCLIP): every patch speaks for itself.
         """
         return self.tower(image, maps=False, dense=True)[1]
-
-    def frozen_copy(self) -> "FrozenCLIP":
-        """The tower as it is now, for dense embeddings that training does not move."""
-        return FrozenCLIP(self.tower)
 
     def output_shape(self):
         if self.pyramid is not None:
@@ -85,22 +74,3 @@ def _compare_colours(model_options, visual):
         trained = [round(255 * value, 3) for value in own]
         if max(abs(a - b) for a, b in zip(model_options[key], trained)) > 0.5:
             logger.warning("MODEL.%s is %s, the tower was trained with %s", key, model_options[key], trained)
-
-
-class FrozenCLIP(Backbone):
-    """A copy of a tower that is never trained and stays in eval mode."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.tower = freeze_norms(copy.deepcopy(tower)).requires_grad_(False)
-        self.dense_stride = tower.dense_stride
-        self.eval()
-
-    def train(self, mode: bool = True):
-        return super().train(False)
-
-    def forward(self, image):
-        """As CLIPBackbone.dense_text_features."""
-        return self.tower(image, maps=False, dense=True)[1]
-
-    dense_text_features = forward

@@ -13,6 +13,7 @@ from hiervl.backbones.frozen_norm import freeze_norms
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.pixel_decoder import PixelDecoder
+from hiervl.regularizers import Regularizers
 from tests.networks import DIM, make_network, pseudo_input, training_input
 
 EMBED = 24
@@ -43,15 +44,15 @@ def make_backbone(name, **options):
 def test_shapes_and_odd_sizes(name, size):
     backbone, image = make_backbone(name), torch.randn(2, 3, *size)
     with torch.no_grad():
-        features, dense = backbone.forward_with_text(image)
-        plain, alone = backbone(image), backbone.dense_text_features(image)
+        features, dense = backbone(image), backbone.dense_text_features(image)
+        maps, both = backbone.tower(image)[0], backbone.tower(image, dense=True)
     for level, spec in backbone.output_shape().items():
         assert spec.stride == STRIDES[level]
         assert features[level].shape == (2, spec.channels, *(-(-side // spec.stride) for side in size))
-        assert torch.equal(features[level], plain[level])
     assert dense.shape == (2, EMBED, *(-(-side // backbone.dense_stride) for side in size))
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(len(dense), *dense.shape[2:]))
-    assert torch.equal(dense, alone)
+    assert torch.equal(dense, both[1])  # alone or beside the maps
+    assert all(torch.equal(a, b) for a, b in zip(maps, both[0]))
 
 
 @pytest.mark.parametrize("name", ["vit16", "vit14", "scaled"])
@@ -128,14 +129,15 @@ def test_the_dense_features_train_the_tower():
 
 
 @pytest.mark.parametrize("name", ["vit16", "resnet", "convnext"])
-def test_the_frozen_copy_is_equal_and_stays(name):
+def test_the_initial_tower_of_the_guidance_is_equal_and_stays(name):
     backbone = make_backbone(name, drop_path=0.0 if name == "resnet" else 0.9).train()
-    frozen, image = backbone.frozen_copy().train(), torch.randn(2, 3, 64, 64)
+    initial = Regularizers(backbone, weights={"guidance": 0.1}, boundary_weight=1.0, boundary_width=2).initial
+    frozen, image = initial.dense_text_features, torch.randn(2, 3, 64, 64)
     before = frozen(image)
     backbone.eval()
     with torch.no_grad():
         assert torch.equal(before, backbone.dense_text_features(image))
-    assert not any(p.requires_grad for p in frozen.parameters()) and not before.requires_grad
+    assert not any(p.requires_grad for p in initial.parameters()) and not before.requires_grad
     backbone.train()
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
     sum(value.square().mean() for value in backbone(image).values()).backward()
@@ -207,7 +209,7 @@ def test_autocast(name, dtype):
     with torch.no_grad():
         full = backbone.dense_text_features(image)
         with torch.autocast("cpu", dtype):
-            features, dense = backbone.forward_with_text(image)
+            features, dense = backbone(image), backbone.dense_text_features(image)
     assert all(torch.isfinite(value).all() for value in features.values())
     assert dense.dtype == torch.float32 and (dense - full).abs().max() < 0.05
 
