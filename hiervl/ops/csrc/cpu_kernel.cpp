@@ -38,9 +38,9 @@ struct Kernel {
     return (head / problem.heads * problem.queries + query) * problem.heads + head % problem.heads;
   }
 
-  // Start loading the output gradient that comes kAhead queries later.
-  static void prefetch_row(const CpuProblem& problem, const T* grad_output) {
-    prefetch_bytes(grad_output + kAhead * row_stride(problem), 0, problem.width * sizeof(T));
+  // Start loading the row of output, or of its gradient, that comes kAhead queries later.
+  static void prefetch_row(const CpuProblem& problem, const T* row) {
+    prefetch_bytes(row + kAhead * row_stride(problem), 0, problem.width * sizeof(T));
   }
 
   template <typename To, typename From>
@@ -93,7 +93,7 @@ struct Kernel {
       for (int v = 0; v < V; ++v) total[v] = Vector<A, N>{};
       for (int first = 0; first < problem.places; first += kBlock) {
         const int left = problem.places - first, count = left < kBlock ? left : kBlock;
-        if (problem.places > kBlock) Geometry<A>::locate(problem, offset, first, count, places);
+        if (problem.places > kBlock) Geometry<A>::template locate<false>(problem, offset, first, count, places);
         add_block<N, V>(value + channel, count, total);
       }
       for (int v = 0; v < V; ++v) store<N>(total[v], output + channel + v * N);
@@ -126,8 +126,9 @@ struct Kernel {
     const auto one_head = [&](int64_t head, int64_t first, int64_t last, const auto* value, int64_t stride) {
       for (int64_t query = first; query < last; ++query) {
         const int64_t at = slot(problem, head, query), offset = at * problem.places;
-        if (problem.places <= kBlock) Geometry<A>::locate(problem, offset, 0, problem.places, places);
+        if (problem.places <= kBlock) Geometry<A>::template locate<false>(problem, offset, 0, problem.places, places);
         T* output = static_cast<T*>(problem.output) + at * problem.width;
+        prefetch_row(problem, output);
         using S = std::remove_const_t<std::remove_pointer_t<decltype(value)>>;
         run_pieces<kLanes, 8>(0, problem.width, Gather<S>{problem, places, value, stride, offset, output});
       }
@@ -158,9 +159,7 @@ struct Kernel {
           product[c] = grad[0] * load<N>(row);
           for (int v = 1; v < V; ++v) product[c] += grad[v] * load<N>(row + v * N);
         }
-        A sums[4];
-        horizontal_sums<A, N>(product, sums);
-        for (int c = 0; c < 4; ++c) places.dot[c][i] += sums[c];
+        store<4>(load<4>(places.dot[i]) + horizontal_sums<A, N>(product), places.dot[i]);
       }
     }
   };
@@ -175,10 +174,8 @@ struct Kernel {
         prefetch_row(problem, grad_output);
         for (int block = 0; block < problem.places; block += kBlock) {
           const int left = problem.places - block, count = left < kBlock ? left : kBlock;
-          Geometry<A>::locate(problem, offset, block, count, places);
-          for (int c = 0; c < 4; ++c) {
-            for (int i = 0; i < count; ++i) places.dot[c][i] = 0;
-          }
+          Geometry<A>::template locate<true>(problem, offset, block, count, places);
+          for (int i = 0; i < count; ++i) store<4>(Vector<A, 4>{}, places.dot[i]);
           run_pieces<kLanes, 8>(0, problem.width, Dots<S>{places, value, stride, grad_output, count});
           Geometry<A>::write_gradients(problem, offset, block, count, places);
         }
@@ -203,10 +200,12 @@ struct Kernel {
       const int64_t distance = stride;
       for (int i = 0; i < count; ++i) {
         if (!places.any[i]) continue;
+        A* row[4];
+        A weight[4];
+        for (int c = 0; c < 4; ++c) row[c] = rows + places.row[c][i] * distance, weight[c] = places.weight[c][i];
         for (int c = 0; c < 4; ++c) {
           // A corner outside the level has the row of one inside and weight 0: harmless.
-          A* row = rows + places.row[c][i] * distance;
-          for (int v = 0; v < V; ++v) store<N>(load<N>(row + v * N) + places.weight[c][i] * grad[v], row + v * N);
+          for (int v = 0; v < V; ++v) store<N>(load<N>(row[c] + v * N) + weight[c] * grad[v], row[c] + v * N);
         }
       }
     }
@@ -223,7 +222,7 @@ struct Kernel {
       prefetch_row(problem, grad_output);
       for (int block = 0; block < problem.places; block += kBlock) {
         const int left = problem.places - block, count = left < kBlock ? left : kBlock;
-        Geometry<A>::locate(problem, at * problem.places, block, count, places);
+        Geometry<A>::template locate<false>(problem, at * problem.places, block, count, places);
         run_pieces<kLanes, 8>(0, channels, Scatter{places, sums, channels, grad_output, count});
       }
     }

@@ -14,7 +14,7 @@ struct Level {
 };
 
 // What the arithmetic below needs to know of its number type. A is float or double here: one place
-// at a time. vector.h adds vectors, with which the CPU kernel handles eight places at once.
+// at a time. vector.h adds vectors, with which the CPU kernel handles 8 or 16 places at once.
 template <typename A>
 struct Lanes {
   using Real = A;

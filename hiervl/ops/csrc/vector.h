@@ -2,9 +2,14 @@
 // AVX-512 or NEON. Everything is inlined (see HIERVL_INLINE).
 #pragma once
 
+#include <stddef.h>
+
+#include <type_traits>
+#include <utility>
+
 #include "ms_deform_attn.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -111,10 +116,45 @@ HIERVL_INLINE void store(Vector<float, N> v, Half* p) {
   for (int i = 0; i < N; ++i) narrow(v[i], p + i);
 }
 
-// N elements of any type as a vector of A.
+// The first `count` of N elements, zeros behind them; and back. Nothing past `count` is touched.
+template <int N, typename T>
+HIERVL_INLINE auto load_first(const T* p, int count) {
+  using Wide = decltype(widen(*p));
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && N == 16) {
+    return (Vector<float, N>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+  }
+  if constexpr (std::is_same_v<T, double> && N == 8) {
+    return (Vector<double, N>)_mm512_maskz_loadu_pd((1u << count) - 1, p);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && N == 8) {
+    return (Vector<float, N>)_mm256_maskload_ps(p, (__m256i)(Vector<int32_t, N>{0, 1, 2, 3, 4, 5, 6, 7} < count));
+  }
+#endif
+  Wide first[N] = {};
+  for (int i = 0; i < count; ++i) first[i] = widen(p[i]);
+  return load<N>(first);
+}
+
+template <int N, typename T>
+HIERVL_INLINE void store_first(Vector<decltype(widen(T{})), N> v, T* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && N == 16) {
+    return _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
+  }
+  if constexpr (std::is_same_v<T, double> && N == 8) {
+    return _mm512_mask_storeu_pd(p, (1u << count) - 1, (__m512d)v);
+  }
+#endif
+  for (int i = 0; i < count; ++i) narrow(v[i], p + i);
+}
+
+// The first `count` of N elements of any type as a vector of A; none if it is negative, all from N on.
 template <typename A, int N, typename T>
-HIERVL_INLINE Vector<A, N> load_to(const T* p) {
-  return __builtin_convertvector(load<N>(p), Vector<A, N>);
+HIERVL_INLINE Vector<A, N> load_to(const T* p, int count) {
+  return __builtin_convertvector(count < N ? load_first<N>(p, count < 0 ? 0 : count) : load<N>(p), Vector<A, N>);
 }
 
 template <int N>
@@ -124,73 +164,123 @@ HIERVL_INLINE Vector<int32_t, N> load(const int32_t* p) {
   return v;
 }
 
-// A vector of A as N elements of any type.
+// The first `count` lanes of a vector of A as elements of any type.
 template <typename A, int N, typename T>
-HIERVL_INLINE void store_to(Vector<A, N> v, T* p) {
-  using Wide = decltype(widen(*p));
-  store<N>(__builtin_convertvector(v, Vector<Wide, N>), p);
+HIERVL_INLINE void store_to(Vector<A, N> v, T* p, int count) {
+  const auto wide = __builtin_convertvector(v, Vector<decltype(widen(*p)), N>);
+  if (count < N) return store_first<N>(wide, p, count < 0 ? 0 : count);
+  store<N>(wide, p);
 }
 
-// Eight places at once in ms_deform_attn.h. Integers are as wide as the reals, as masks are.
-template <typename A, typename I>
+// Several places at once in ms_deform_attn.h. Integers are as wide as the reals, as masks are.
+template <typename A, typename I, int N>
 struct VectorLanes {
   using Real = A;
-  using Integer = Vector<I, 8>;
+  using Integer = Vector<I, N>;
   using Mask = Integer;
-  static HIERVL_INLINE Integer truncate(Vector<A, 8> x) { return __builtin_convertvector(x, Integer); }
-  static HIERVL_INLINE Vector<A, 8> real(Integer i) { return __builtin_convertvector(i, Vector<A, 8>); }
+  static HIERVL_INLINE Integer truncate(Vector<A, N> x) { return __builtin_convertvector(x, Integer); }
+  static HIERVL_INLINE Vector<A, N> real(Integer i) { return __builtin_convertvector(i, Vector<A, N>); }
   template <typename T>
   static HIERVL_INLINE T select(Mask mask, T yes, T no) {
     return mask ? yes : no;
   }
 };
 template <>
-struct Lanes<Vector<float, 8>> : VectorLanes<float, int32_t> {};
+struct Lanes<Vector<float, 8>> : VectorLanes<float, int32_t, 8> {};
 template <>
-struct Lanes<Vector<double, 8>> : VectorLanes<double, int64_t> {};
+struct Lanes<Vector<float, 16>> : VectorLanes<float, int32_t, 16> {};
+template <>
+struct Lanes<Vector<double, 8>> : VectorLanes<double, int64_t, 8> {};
 
-template <typename V>
-HIERVL_INLINE V shuffle(V a, V b, const typename Lanes<V>::Integer& index) {
+template <typename V, typename I>
+HIERVL_INLINE V shuffle(V a, V b, const I& index) {
 #if defined(__clang__)
+  constexpr int kLanes = sizeof(a) / sizeof(a[0]);
   V result;
-  for (int i = 0; i < 8; ++i) result[i] = index[i] < 8 ? a[index[i]] : b[index[i] - 8];
+  for (int i = 0; i < kLanes; ++i) result[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
   return result;
 #else
   return __builtin_shuffle(a, b, index);
 #endif
 }
 
+// The lanes 0, 1, 2, ...
+template <typename V>
+HIERVL_INLINE typename Lanes<V>::Integer lane_numbers() {
+  typename Lanes<V>::Integer number{};
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(number[0])); ++i) number[i] = i;
+  return number;
+}
+
 // (x0, y0, x1, y1, ...) in two vectors to (x0, x1, ...) and (y0, y1, ...), and back.
 template <typename V>
 HIERVL_INLINE void deinterleave(V a, V b, V* x, V* y) {
-  using Index = typename Lanes<V>::Integer;
-  *x = shuffle(a, b, Index{0, 2, 4, 6, 8, 10, 12, 14});
-  *y = shuffle(a, b, Index{1, 3, 5, 7, 9, 11, 13, 15});
+  const auto lane = lane_numbers<V>();
+  *x = shuffle(a, b, 2 * lane);
+  *y = shuffle(a, b, 2 * lane + 1);
 }
 
 template <typename V>
 HIERVL_INLINE void interleave(V x, V y, V* a, V* b) {
-  using Index = typename Lanes<V>::Integer;
-  *a = shuffle(x, y, Index{0, 8, 1, 9, 2, 10, 3, 11});
-  *b = shuffle(x, y, Index{4, 12, 5, 13, 6, 14, 7, 15});
+  constexpr int kLanes = sizeof(x) / sizeof(x[0]);
+  const auto lane = lane_numbers<V>();
+  const auto from = (lane >> 1) + (lane & 1) * kLanes;
+  *a = shuffle(x, y, from);
+  *b = shuffle(x, y, from + kLanes / 2);
 }
 
-// The sum of each of four vectors, in out[0..3].
+// The kLane..., or those that come as many lanes later: halves of a vector. By memory they would take
+// the way over the stack.
+template <bool kUpper, typename V, size_t... kLane>
+HIERVL_INLINE auto half(V v, std::index_sequence<kLane...>) {
+  constexpr size_t first = kUpper ? sizeof...(kLane) : 0;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, (first + kLane)...);
+#else
+  using A = std::remove_reference_t<decltype(v[0])>;
+  return Vector<A, sizeof...(kLane)>{v[first + kLane]...};
+#endif
+}
+
+// A vector of half as many lanes: those of the lower half plus those of the upper one.
 template <typename A, int N>
-HIERVL_INLINE void horizontal_sums(const Vector<A, N> v[4], A out[4]) {
-  if constexpr (N > 4) {
-    Vector<A, N / 2> folded[4];
+HIERVL_INLINE Vector<A, N / 2> folded(Vector<A, N> v) {
+  const auto lanes = std::make_index_sequence<N / 2>{};
+  return half<false>(v, lanes) + half<true>(v, lanes);
+}
+
+// Of each four lanes of a and of b the two from `first` on: a's, then b's; or one of each in turn.
+template <typename A, int N, typename I>
+HIERVL_INLINE Vector<A, N> pairs(Vector<A, N> a, Vector<A, N> b, int first, bool in_turn) {
+  Vector<I, N> index{};
+  for (int i = 0; i < N; ++i) {
+    const int place = i % 4, lane = in_turn ? place / 2 : place % 2, of_b = in_turn ? place % 2 : place / 2;
+    index[i] = i - place + first + lane + of_b * N;
+  }
+  return shuffle(a, b, index);
+}
+
+// The sum of each of four vectors.
+template <typename A, int N>
+HIERVL_INLINE Vector<A, 4> horizontal_sums(const Vector<A, N> v[4]) {
+  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  if constexpr (N < 4) {
+    Vector<A, 4> sums{};
     for (int c = 0; c < 4; ++c) {
-      Vector<A, N / 2> low, high;
-      memcpy(&low, &v[c], sizeof(low));
-      memcpy(&high, reinterpret_cast<const char*>(&v[c]) + sizeof(low), sizeof(high));
-      folded[c] = low + high;
+      for (int i = 0; i < N; ++i) sums[c] += v[c][i];
     }
-    horizontal_sums<A, N / 2>(folded, out);
+    return sums;
   } else {
-    for (int c = 0; c < 4; ++c) {
-      out[c] = v[c][0];
-      for (int i = 1; i < N; ++i) out[c] += v[c][i];
+    // Each four lanes are to hold a part of the sums of v0, v1, v2, v3.
+    const auto low = pairs<A, N, I>(v[0], v[1], 0, true) + pairs<A, N, I>(v[0], v[1], 2, true);
+    const auto high = pairs<A, N, I>(v[2], v[3], 0, true) + pairs<A, N, I>(v[2], v[3], 2, true);
+    const auto parts = pairs<A, N, I>(low, high, 0, false) + pairs<A, N, I>(low, high, 2, false);
+    if constexpr (N == 16) {
+      return folded<A, 8>(folded<A, 16>(parts));
+    } else if constexpr (N == 8) {
+      return folded<A, 8>(parts);
+    } else {
+      return parts;
     }
   }
 }
