@@ -8,7 +8,6 @@ and --unseen) and measures which names HSQG keeps and what the added words cost;
 other words for the same things (--synonyms), and by each other. No weight changes on the way, which is checked.
 Prints tables and writes language.json into --output. Evaluates the whole images of the first set of DATASETS.TEST.
 """
-import json
 import os
 import random
 import sys
@@ -23,7 +22,6 @@ from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl.checkpoint import atomic_write  # noqa: E402
 from hiervl.data.datasets import dataset_index  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
 from hiervl.data.mapper import TestMapper  # noqa: E402
@@ -280,19 +278,13 @@ def build(args) -> tuple:
 def run(args):
     cfg, measurement, seen, unseen, lists = build(args)
     tables = measure(measurement, seen, unseen, lists, args.words, cfg.MODEL.HSQG.MIN_RELEVANCE)
-    facts = {"config": args.config_file, "weights": cfg.MODEL.WEIGHTS, "model": args.model,
-             "data set": cfg.DATASETS.TEST[0], "images": len(measurement.samples), "KEEP": args.keep,
-             "MIN_RELEVANCE": cfg.MODEL.HSQG.MIN_RELEVANCE, "seen": seen, "unseen": unseen,
-             "unchanged weights": measurement.num_weights}
+    facts = {"images": len(measurement.samples), "KEEP": args.keep, "MIN_RELEVANCE": cfg.MODEL.HSQG.MIN_RELEVANCE,
+             "seen": seen, "unseen": unseen, "unchanged weights": measurement.num_weights}
     for title, rows in tables.items():
         print(f"\n{title}\n\n{tabulate(rows, headers='keys', floatfmt='.2f', missingval='-', tablefmt='github')}")
     sizes = ", ".join(str(row["words"]) for row in tables["Number of words"])
     print(f"\nAll {measurement.num_weights} weights and buffers are bit-equal before and after K = {sizes}.")
-    os.makedirs(args.output, exist_ok=True)
-    path = os.path.join(args.output, "language.json")
-    with atomic_write(path, "w") as file:
-        json.dump(facts | {"tables": tables}, file, indent=1)
-    print(f"{facts['images']} images of {facts['data set']}; {path}")
+    trained.save(args, cfg, "language.json", facts | {"tables": tables})
 
 
 def parse_args(argv=None):

@@ -7,7 +7,6 @@ if a surer used query of its class has nearly the same mask (IoU of at least --o
 mask of a used query reaches an IoU of 0.5 with it: of the same class, or of any. Data sets without maps of instances
 have the regions of their classes for objects. Evaluates whole images of the first set of DATASETS.TEST.
 """
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -19,10 +18,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl.checkpoint import atomic_write  # noqa: E402
-from hiervl.data.datasets import dataset_index, table_of  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
-from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import exit_status  # noqa: E402
 from tools import trained  # noqa: E402
 
@@ -125,19 +121,11 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
 
 def run(args):
     cfg = trained.read_config(args.config_file, args.opts)
-    network, mapper = trained.load(cfg, args.model), TestMapper(cfg)
-    part = cfg.DATASETS.TEST[0]
-    index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)
-    samples = (mapper(index[i]) for i in range(len(index)))
-    table = measure(network, samples, table_of(part).first_instance, args.overlap).table()
-    print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-",
-                   headers=[f"{len(index)} images of {part}", ""]))
-    os.makedirs(args.output, exist_ok=True)
-    path = os.path.join(args.output, "queries.json")
-    with atomic_write(path, "w") as file:
-        facts = {"config": args.config_file, "weights": cfg.MODEL.WEIGHTS, "model": args.model}
-        json.dump(facts | table, file, indent=1)
-    print(path)
+    network = trained.load(cfg, args.model)
+    samples, data = trained.samples(cfg)
+    table = measure(network, samples, data.first_instance, args.overlap).table()
+    print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-"))
+    trained.save(args, cfg, "queries.json", table)
 
 
 def parse_args(argv=None):

@@ -1,11 +1,15 @@
-"""What the tools share that look at a trained network: their options, and how the network is loaded."""
+"""What the tools share that look at a trained network: options, the network, the images, the file of results."""
 import argparse
+import json
+import os
 
 from detectron2.modeling import build_model
 
 from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
-from hiervl.checkpoint import load_network
+from hiervl.checkpoint import atomic_write, load_network
 from hiervl.config import load_config, use_cpu_without_gpu
+from hiervl.data.datasets import dataset_index, table_of
+from hiervl.data.mapper import TestMapper
 from hiervl.errors import UserError
 
 
@@ -37,3 +41,23 @@ def load(cfg, model: str):
     network = build_model(cfg).eval()
     load_network(network, cfg.MODEL.WEIGHTS, model)
     return network
+
+
+def samples(cfg):
+    """(iterable over the test samples of the first set of DATASETS.TEST, that set's table)."""
+    part, mapper = cfg.DATASETS.TEST[0], TestMapper(cfg)
+    index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)
+    return (mapper(index[i]) for i in range(len(index))), table_of(part)
+
+
+def save(args, cfg, file_name: str, facts: dict):
+    """Write facts, and of which network and images they are, into the folder --output. "images" among the facts is
+    how many there were, if not all."""
+    part = cfg.DATASETS.TEST[0]
+    facts = {"config": args.config_file, "weights": cfg.MODEL.WEIGHTS, "model": args.model, "data set": part,
+             "images": len(dataset_index(part, cfg.DATASETS.SPLIT_ROOT))} | facts
+    os.makedirs(args.output, exist_ok=True)
+    path = os.path.join(args.output, file_name)
+    with atomic_write(path, "w") as file:
+        json.dump(facts, file, indent=1)
+    print(f"{facts['images']} images of {part}; {path}")

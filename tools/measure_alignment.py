@@ -1,0 +1,94 @@
+"""How well the alignment maps of a trained network fit outlines, and what CMSAM's parts are worth to it as it stands.
+
+    python tools/measure_alignment.py --config-file configs/camvid_23_hiervl.yaml \
+        --opts MODEL.WEIGHTS output/camvid_23_hiervl/model_final.pth
+
+Evaluates the class probabilities and the pixel-text scores (a pixel's class is the one of the highest score) by mIoU
+and boundary IoU: with the network as it is, with its maps upsampled bilinearly instead of along the edges of the mask
+features, and without the flows between pixels and queries. No weight is trained anew: the rows tell what the trained
+network makes of these parts, not what another would have become without them. Whole images of the first set of
+DATASETS.TEST.
+"""
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from hiervl.data.images import read_label  # noqa: E402
+from hiervl.errors import UserError, exit_status  # noqa: E402
+from hiervl.evaluation import BoundaryIoU, ConfusionMatrix  # noqa: E402
+from hiervl.evaluation.confusion import scores  # noqa: E402
+from tools import trained  # noqa: E402
+
+# Attributes of SpatialAlignment that a row switches off.
+ROWS = {"as it is": (), "bilinear upsampling": ("guided",), "without flows": ("flows",)}
+
+
+class Quality:
+    """mIoU and boundary mIoU of label maps."""
+
+    def __init__(self, num_classes: int, ignore_label: int):
+        self.regions = ConfusionMatrix(num_classes, ignore_label)
+        self.boundaries = BoundaryIoU(num_classes, ignore_label)
+
+    def update(self, label, maps):
+        """label: (H, W) array. maps: (K, H, W), highest where the class is."""
+        prediction = maps.argmax(0).cpu().numpy()
+        self.regions.update(label, prediction)
+        self.boundaries.update(label, prediction)
+
+    def row(self, name: str) -> dict:
+        return {f"{name}, mIoU": scores(self.regions.counts).miou, f"{name}, boundary mIoU": self.boundaries.mean()}
+
+
+@torch.no_grad()
+def measure(network, samples, ignore_label: int) -> list:
+    """One row per entry of ROWS; the network is left as it was."""
+    found = {name: [Quality(network.num_classes, ignore_label) for _ in range(2)] for name in ROWS}
+    module = network.alignment
+    before = {"guided": module.guided, "flows": module.flows}
+    for sample in samples:
+        label = read_label(sample["sem_seg_file_name"])
+        image = sample["image"][None].to(network.device, torch.float32)
+        for name, off in ROWS.items():
+            for attribute, value in before.items():
+                setattr(module, attribute, value and attribute not in off)
+            said = network.predict(image)
+            height, width = image.shape[2:]
+            scores_of_pixels = F.interpolate(said.spread(said.pixel_text.float(), fill=-1.0), scale_factor=4,
+                                             mode="bilinear", align_corners=False)[..., :height, :width]
+            for quality, maps in zip(found[name], (said.dense(), scores_of_pixels)):
+                quality.update(label, F.interpolate(maps, size=label.shape, mode="bilinear", align_corners=False)[0])
+    for attribute, value in before.items():
+        setattr(module, attribute, value)
+    return [{"": name} | probabilities.row("probabilities") | pixel_text.row("pixel-text scores")
+            for name, (probabilities, pixel_text) in found.items()]
+
+
+def run(args):
+    cfg = trained.read_config(args.config_file, args.opts)
+    if not cfg.MODEL.CMSAM.ENABLED:
+        raise UserError("MODEL.CMSAM.ENABLED must be True: its alignment maps are what is measured.")
+    network = trained.load(cfg, args.model)
+    samples, table = trained.samples(cfg)
+    rows = measure(network, samples, table.ignore_label)
+    print(tabulate(rows, headers="keys", floatfmt=".2f", tablefmt="github"))
+    trained.save(args, cfg, "alignment.json", {"rows": rows})
+
+
+def parse_args(argv=None):
+    parser = trained.parser(__doc__)
+    parser.add_argument("--output", default="output/alignment", help="folder for alignment.json (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    return exit_status(run, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
