@@ -9,6 +9,7 @@ features, and without the flows between pixels and queries. No weight is trained
 network makes of these parts, not what another would have become without them. Whole images of the first set of
 DATASETS.TEST.
 """
+import contextlib
 import os
 import sys
 
@@ -35,10 +36,10 @@ class Quality:
         self.regions = ConfusionMatrix(num_classes, ignore_label)
         self.boundaries = BoundaryIoU(num_classes, ignore_label)
 
-    def update(self, label, maps):
-        """label: (H, W) array. maps: (K, H, W), highest where the class is."""
+    def update(self, label, maps, source: str):
+        """label: (H, W) array. maps: (K, H, W), highest where the class is. source: what to name in an error."""
         prediction = maps.argmax(0).cpu().numpy()
-        self.regions.update(label, prediction)
+        self.regions.update(label, prediction, source)
         self.boundaries.update(label, prediction)
 
     def row(self, name: str) -> dict:
@@ -49,24 +50,38 @@ class Quality:
 def measure(network, samples, ignore_label: int) -> list:
     """One row per entry of ROWS; the network is left as it was."""
     found = {name: [Quality(network.num_classes, ignore_label) for _ in range(2)] for name in ROWS}
-    module = network.alignment
-    before = {"guided": module.guided, "flows": module.flows}
     for sample in samples:
         label = read_label(sample["sem_seg_file_name"])
         image = sample["image"][None].to(network.device, torch.float32)
         for name, off in ROWS.items():
-            for attribute, value in before.items():
-                setattr(module, attribute, value and attribute not in off)
-            said = network.predict(image)
-            height, width = image.shape[2:]
-            scores_of_pixels = F.interpolate(said.spread(said.pixel_text.float(), fill=-1.0), scale_factor=4,
-                                             mode="bilinear", align_corners=False)[..., :height, :width]
-            for quality, maps in zip(found[name], (said.dense(), scores_of_pixels)):
-                quality.update(label, F.interpolate(maps, size=label.shape, mode="bilinear", align_corners=False)[0])
-    for attribute, value in before.items():
-        setattr(module, attribute, value)
-    return [{"": name} | probabilities.row("probabilities") | pixel_text.row("pixel-text scores")
-            for name, (probabilities, pixel_text) in found.items()]
+            with switched_off(network.alignment, off):
+                said = network.predict(image)
+            for quality, maps in zip(found[name], (said.dense(), pixel_text(said, image.shape[2:]))):
+                maps = F.interpolate(maps, size=(sample["height"], sample["width"]), mode="bilinear",
+                                     align_corners=False)
+                quality.update(label, maps[0], sample["sem_seg_file_name"])
+    return [{"network": name} | probabilities.row("probabilities") | scores_.row("pixel-text scores")
+            for name, (probabilities, scores_) in found.items()]
+
+
+@contextlib.contextmanager
+def switched_off(module, attributes):
+    """Meanwhile the attributes of the module are False."""
+    before = {name: getattr(module, name) for name in attributes}
+    try:
+        for name in attributes:
+            setattr(module, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def pixel_text(said, size):
+    """The pixel-text scores at the image's size (height, width): (1, K, *size); -1 for a class that was not kept."""
+    maps = F.interpolate(said.spread(said.pixel_text.float(), fill=-1.0), scale_factor=4, mode="bilinear",
+                         align_corners=False)
+    return maps[..., :size[0], :size[1]]
 
 
 def run(args):

@@ -124,7 +124,7 @@ def run(args):
     network = trained.load(cfg, args.model)
     samples, data = trained.samples(cfg)
     table = measure(network, samples, data.first_instance, args.overlap).table()
-    print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-"))
+    print(tabulate(table.items(), floatfmt=".1f", tablefmt="github", missingval="-", headers=["", ""]))
     trained.save(args, cfg, "queries.json", table)
 
 

@@ -37,6 +37,14 @@ def test_more_classes_than_the_ignore_label_of_8_bits(k):
     assert torch.equal(table, by_hand(label, prediction, k, 65535))
 
 
+@pytest.mark.parametrize("ignore", [255, 65535, -1, -65281])
+@pytest.mark.parametrize("k", [19, 254, 255])
+def test_bytes_on_both_sides(k, ignore):
+    """Cells have 16 bits up to 254 classes; -65281 and 255 have the same lower 16."""
+    label, prediction = torch.randint(0, 256, (2, 41, 67), dtype=torch.uint8)
+    assert torch.equal(count(label, prediction, k, ignore), by_hand(label, prediction, k, ignore))
+
+
 @pytest.mark.parametrize("k", [19, 150])
 def test_the_number_of_threads_changes_nothing(k):
     label, prediction = torch.randint(0, k, (2, 700_001), dtype=torch.uint8)

@@ -6,6 +6,7 @@ import torch
 from hiervl.ops import ms_deform_attn
 from hiervl.ops.function import reference_path
 from hiervl.ops.reference import ms_deform_attn_reference
+from tests.ops.conftest import Inputs
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -85,17 +86,23 @@ def test_same_bits_for_any_number_of_threads(make_inputs, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_locations_may_be_finer_than_value(make_inputs, dtype):
-    exact = make_inputs(queries=50)
-    inputs = exact.map(torch.Tensor.float)
-    inputs.value = inputs.value.to(dtype)
-    exact.value = inputs.value.double()
-    grad_output = torch.randn(2, 50, 16).to(dtype)
+@pytest.mark.parametrize("value, locations, weights", [
+    (torch.float16, torch.float32, torch.float32), (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float64, torch.float16), (torch.float64, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16, torch.float64),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("points", [3, 6])
+def test_each_input_has_a_type_of_its_own(make_inputs, instruction_set, points, value, locations, weights):
+    inputs = make_inputs(queries=50, points=points)
+    inputs = Inputs(inputs.value.to(value), inputs.shapes, inputs.starts, inputs.locations.to(locations),
+                    inputs.weights.to(weights))
+    exact = inputs.map(torch.Tensor.double)
+    grad_output = torch.randn(2, 50, 16).to(value)
     results = output_and_gradients(inputs, grad_output)
-    assert [result.dtype for result in results] == [dtype, dtype, torch.float32, torch.float32]
+    assert [result.dtype for result in results] == [value, value, locations, weights]
+    coarsest = max((value, locations, weights), key=lambda dtype: TOLERANCE[dtype])
     with reference_path():
-        assert_close(results, output_and_gradients(exact, grad_output.double()), dtype)
+        assert_close(results, output_and_gradients(exact, grad_output.double()), coarsest)
         same_types = output_and_gradients(inputs, grad_output)
     assert [result.dtype for result in same_types] == [result.dtype for result in results]
 

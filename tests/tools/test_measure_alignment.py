@@ -18,9 +18,9 @@ def test_quality_of_a_map():
     label[:, 20:] = 1
     maps = torch.stack((torch.from_numpy(label == 0), torch.from_numpy(label == 1))).float()
     right, shifted = tool.Quality(2, 255), tool.Quality(2, 255)
-    right.update(label, maps)
+    right.update(label, maps, "label.png")
     assert right.row("x") == {"x, mIoU": 100, "x, boundary mIoU": 100}
-    shifted.update(label, maps.roll(1, 2))  # one column too far right; the last column becomes the first
+    shifted.update(label, maps.roll(1, 2), "label.png")  # one column too far right; the last column becomes the first
     row = shifted.row("x")
     assert row["x, boundary mIoU"] < row["x, mIoU"] < 100
 
@@ -46,7 +46,8 @@ def test_each_part_is_switched_off_and_on_again(tmp_path, flows):
     label[:16] = 1
     cv2.imwrite(str(tmp_path / "label.png"), label)
     network = Stub(label, flows)
-    sample = {"image": torch.zeros(3, 32, 32), "sem_seg_file_name": str(tmp_path / "label.png")}
+    sample = {"image": torch.zeros(3, 32, 32), "sem_seg_file_name": str(tmp_path / "label.png"),
+              "height": 32, "width": 32}
     rows = tool.measure(network, [sample], 255)
     assert network.asked == [(True, flows), (False, flows), (True, False)]
     assert network.alignment == SimpleNamespace(guided=True, flows=flows)
@@ -63,6 +64,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     torch.save({"model": build_model(cfg).state_dict()}, weights)
     assert tool.main([*call, "MODEL.WEIGHTS", weights]) == 0
     assert "2 images of shapes_val" in capsys.readouterr().out
-    assert [row[""] for row in json.loads((tmp_path / "out/alignment.json").read_text())["rows"]] == list(tool.ROWS)
+    rows = json.loads((tmp_path / "out/alignment.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == list(tool.ROWS)
     assert tool.main([*call, "MODEL.WEIGHTS", weights, "MODEL.CMSAM.ENABLED", "False"]) == 2
     assert "MODEL.CMSAM.ENABLED must be True" in capsys.readouterr().err

@@ -13,7 +13,7 @@ namespace {
 // Label maps are smooth: neighbours fall into one cell, and each increment waits for the one before
 // it. So neighbours count in copies of the table, where these are small.
 constexpr int64_t kCopies = 8;
-constexpr int64_t kSmallTable = int64_t{1} << 14;  // cells
+constexpr int64_t kSmallTable = int64_t{1} << 15;  // cells
 constexpr int64_t kBlock = 1024;  // pixels whose cells are numbered at a time, in vector code
 constexpr int64_t kGrain = int64_t{1} << 16;  // pixels below which a thread is not worth waking
 constexpr int64_t kMostClasses = int64_t{1} << 15;  // cells are numbered in 32 bits
@@ -23,18 +23,26 @@ constexpr int64_t kMostClasses = int64_t{1} << 15;  // cells are numbered in 32 
 template <typename T>
 using Wide = std::conditional_t<sizeof(T) == 1, int16_t, std::conditional_t<sizeof(T) == 8, int64_t, int>>;
 
+// A number of classes as what values of type T are compared with: no byte reaches 256.
+template <typename T>
+Wide<T> bound(int classes) {
+  return sizeof(T) == 1 ? std::min(classes, 256) : classes;
+}
+
 // Row K holds the ignored pixels, row K + 1 and column K what is out of range.
 template <typename Cell, typename Label, typename Prediction>
 void number_cells(const Label* __restrict label, const Prediction* __restrict prediction, int64_t count, int classes,
                   int ignore_label, Cell* __restrict cell) {
-  // A label that its type cannot hold matches nothing; -1 is none of a byte's values either.
-  const auto ignored = static_cast<Wide<Label>>(sizeof(Label) == 1 && ignore_label > 255 ? -1 : ignore_label);
+  // A label that a byte cannot hold matches nothing, as -1 does.
+  const bool out_of_reach = sizeof(Label) == 1 && (ignore_label < 0 || ignore_label > 255);
+  const Wide<Label> ignored = out_of_reach ? -1 : ignore_label, labels = bound<Label>(classes);
+  const Wide<Prediction> guesses = bound<Prediction>(classes);
   for (int64_t i = 0; i < count; ++i) {
     const Wide<Label> truth = label[i];
     const Wide<Prediction> guess = prediction[i];
     const Cell outside = truth == ignored ? classes : classes + 1;
-    const Cell row = truth >= 0 && truth < classes ? static_cast<Cell>(truth) : outside;
-    const Cell column = guess >= 0 && guess < classes ? static_cast<Cell>(guess) : static_cast<Cell>(classes);
+    const Cell row = truth >= 0 && truth < labels ? static_cast<Cell>(truth) : outside;
+    const Cell column = guess >= 0 && guess < guesses ? static_cast<Cell>(guess) : static_cast<Cell>(classes);
     cell[i] = row * (classes + 1) + column;
   }
 }
@@ -62,8 +70,8 @@ void count(const Label* label, const Prediction* prediction, int64_t pixels, int
   const bool narrow = sizeof(Label) == 1 && sizeof(Prediction) == 1 && cells <= 1 << 16;
   const auto add = narrow ? add_pixels<uint16_t, Label, Prediction> : add_pixels<int, Label, Prediction>;
   std::mutex adding;
-  // Adding up large tables must not cost more than the counting.
-  at::parallel_for(0, pixels, std::max(kGrain, 4 * cells), [&](int64_t begin, int64_t end) {
+  // Clearing and adding up the tables must not cost more than the counting.
+  at::parallel_for(0, pixels, std::max(kGrain, std::max<int64_t>(copies, 4) * cells), [&](int64_t begin, int64_t end) {
     at::Tensor tables = at::zeros({copies, cells}, at::kLong);
     int64_t* table = tables.mutable_data_ptr<int64_t>();
     add(label + begin, prediction + begin, end - begin, classes, ignore_label, table, copies > 1 ? cells : 0);

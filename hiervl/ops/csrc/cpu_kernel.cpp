@@ -136,7 +136,7 @@ struct Kernel {
     for_each_head(problem, begin, end, scratch, one_head);
   }
 
-  // dot[c][i] += <output gradient, corner c of place i>
+  // dot[4 i + c] += <output gradient, corner c of place i>
   template <typename S>
   struct Dots {
     Places<A>& places;
@@ -159,7 +159,7 @@ struct Kernel {
           product[c] = grad[0] * load<N>(row);
           for (int v = 1; v < V; ++v) product[c] += grad[v] * load<N>(row + v * N);
         }
-        store<4>(load<4>(places.dot[i]) + horizontal_sums<A, N>(product), places.dot[i]);
+        store<4>(load<4>(places.dot + 4 * i) + horizontal_sums<A, N>(product), places.dot + 4 * i);
       }
     }
   };
@@ -175,7 +175,6 @@ struct Kernel {
         for (int block = 0; block < problem.places; block += kBlock) {
           const int left = problem.places - block, count = left < kBlock ? left : kBlock;
           Geometry<A>::template locate<true>(problem, offset, block, count, places);
-          for (int i = 0; i < count; ++i) store<4>(Vector<A, 4>{}, places.dot[i]);
           run_pieces<kLanes, 8>(0, problem.width, Dots<S>{places, value, stride, grad_output, count});
           Geometry<A>::write_gradients(problem, offset, block, count, places);
         }

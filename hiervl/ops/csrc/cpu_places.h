@@ -14,18 +14,21 @@ namespace {
 
 constexpr int kBlock = 64;  // places of one (query, head) handled at a time
 
+// What the passes need of places: the first three to read or write rows of value, the first and the
+// last ones to make gradients of locations and weights.
 template <typename A>
 struct alignas(64) Places {
+  int row[4][kBlock];   // of each corner, over all levels
+  int any[kBlock];
+  A weight[4][kBlock];  // of each corner, times attention
   A attention[kBlock];
   A inside[4][kBlock], x_fraction[kBlock], y_fraction[kBlock];
-  A weight[4][kBlock];  // of each corner, times attention
-  A dot[kBlock][4];     // backward: <output gradient, corner>
-  int row[4][kBlock];   // of value, over all levels
-  int any[kBlock];
+  A dot[4 * kBlock];    // <output gradient, corner>, four of each place
 };
 
 // From a query to the next of the same head is a stride that the processor does not foresee, so what
-// the query this many turns later needs is fetched early. Halves the time of the backward pass.
+// the query this many turns later reads and writes is fetched early: a quarter of the forward pass,
+// half of the backward pass.
 constexpr int64_t kAhead = 4;
 
 HIERVL_INLINE int64_t type_size(ScalarType type) {
@@ -79,7 +82,7 @@ struct Geometry {
   }
 
   // Find the footprints of places [first, first + count) of a (query, head) whose places begin at
-  // `offset`; with kGradients also what write_gradients needs of them.
+  // `offset`, and their weights or else, for gradients, what these are made of.
   template <bool kGradients>
   static __attribute__((noinline)) void locate(const CpuProblem& problem, int64_t offset, int first, int count,
                                                Places<A>& p) {
@@ -98,18 +101,20 @@ struct Geometry {
       const Integer start = table(problem.place_start, first + i);
       const Footprint<V> f =
           footprint(x, y, table(problem.place_height, first + i), table(problem.place_width, first + i));
-      V weight[4];
-      corner_weights(f, attention, weight);
-      for (int c = 0; c < 4; ++c) {
-        store_integers(start + f.row[c], p.row[c] + i);
-        store<kGroup>(weight[c], p.weight[c] + i);
-        if constexpr (kGradients) store<kGroup>(f.inside[c], p.inside[c] + i);
-      }
+      for (int c = 0; c < 4; ++c) store_integers(start + f.row[c], p.row[c] + i);
       store_integers(f.any, p.any + i);
       if constexpr (kGradients) {
+        for (int c = 0; c < 4; ++c) {
+          store<kGroup>(f.inside[c], p.inside[c] + i);
+          store<kGroup>(V{}, p.dot + 4 * i + c * kGroup);
+        }
         store<kGroup>(attention, p.attention + i);
         store<kGroup>(f.x_fraction, p.x_fraction + i);
         store<kGroup>(f.y_fraction, p.y_fraction + i);
+      } else {
+        V weight[4];
+        corner_weights(f, attention, weight);
+        for (int c = 0; c < 4; ++c) store<kGroup>(weight[c], p.weight[c] + i);
       }
     }
   }
@@ -124,7 +129,7 @@ struct Geometry {
       V inside[4], mixed[4], dot[4];
       for (int c = 0; c < 4; ++c) {
         inside[c] = load<kGroup>(p.inside[c] + i);
-        mixed[c] = load<kGroup>(p.dot[i] + c * kGroup);
+        mixed[c] = load<kGroup>(p.dot + 4 * i + c * kGroup);
       }
       V even[2], odd[2];  // corners 0 and 2, 1 and 3
       deinterleave(mixed[0], mixed[1], &even[0], &odd[0]);

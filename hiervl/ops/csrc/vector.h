@@ -192,8 +192,8 @@ struct Lanes<Vector<float, 16>> : VectorLanes<float, int32_t, 16> {};
 template <>
 struct Lanes<Vector<double, 8>> : VectorLanes<double, int64_t, 8> {};
 
-template <typename V, typename I>
-HIERVL_INLINE V shuffle(V a, V b, const I& index) {
+template <typename V>
+HIERVL_INLINE V shuffle(V a, V b, decltype(a == b) index) {
 #if defined(__clang__)
   constexpr int kLanes = sizeof(a) / sizeof(a[0]);
   V result;
@@ -232,9 +232,9 @@ HIERVL_INLINE void interleave(V x, V y, V* a, V* b) {
 // The kLane..., or those that come as many lanes later: halves of a vector. By memory they would take
 // the way over the stack.
 template <bool kUpper, typename V, size_t... kLane>
-HIERVL_INLINE auto half(V v, std::index_sequence<kLane...>) {
+HIERVL_INLINE auto half_of(V v, std::index_sequence<kLane...>) {
   constexpr size_t first = kUpper ? sizeof...(kLane) : 0;
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(v, v, (first + kLane)...);
 #else
   using A = std::remove_reference_t<decltype(v[0])>;
@@ -246,13 +246,13 @@ HIERVL_INLINE auto half(V v, std::index_sequence<kLane...>) {
 template <typename A, int N>
 HIERVL_INLINE Vector<A, N / 2> folded(Vector<A, N> v) {
   const auto lanes = std::make_index_sequence<N / 2>{};
-  return half<false>(v, lanes) + half<true>(v, lanes);
+  return half_of<false>(v, lanes) + half_of<true>(v, lanes);
 }
 
 // Of each four lanes of a and of b the two from `first` on: a's, then b's; or one of each in turn.
-template <typename A, int N, typename I>
+template <typename A, int N>
 HIERVL_INLINE Vector<A, N> pairs(Vector<A, N> a, Vector<A, N> b, int first, bool in_turn) {
-  Vector<I, N> index{};
+  decltype(a == b) index{};
   for (int i = 0; i < N; ++i) {
     const int place = i % 4, lane = in_turn ? place / 2 : place % 2, of_b = in_turn ? place % 2 : place / 2;
     index[i] = i - place + first + lane + of_b * N;
@@ -263,7 +263,6 @@ HIERVL_INLINE Vector<A, N> pairs(Vector<A, N> a, Vector<A, N> b, int first, bool
 // The sum of each of four vectors.
 template <typename A, int N>
 HIERVL_INLINE Vector<A, 4> horizontal_sums(const Vector<A, N> v[4]) {
-  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   if constexpr (N < 4) {
     Vector<A, 4> sums{};
     for (int c = 0; c < 4; ++c) {
@@ -272,9 +271,9 @@ HIERVL_INLINE Vector<A, 4> horizontal_sums(const Vector<A, N> v[4]) {
     return sums;
   } else {
     // Each four lanes are to hold a part of the sums of v0, v1, v2, v3.
-    const auto low = pairs<A, N, I>(v[0], v[1], 0, true) + pairs<A, N, I>(v[0], v[1], 2, true);
-    const auto high = pairs<A, N, I>(v[2], v[3], 0, true) + pairs<A, N, I>(v[2], v[3], 2, true);
-    const auto parts = pairs<A, N, I>(low, high, 0, false) + pairs<A, N, I>(low, high, 2, false);
+    const auto low = pairs<A, N>(v[0], v[1], 0, true) + pairs<A, N>(v[0], v[1], 2, true);
+    const auto high = pairs<A, N>(v[2], v[3], 0, true) + pairs<A, N>(v[2], v[3], 2, true);
+    const auto parts = pairs<A, N>(low, high, 0, false) + pairs<A, N>(low, high, 2, false);
     if constexpr (N == 16) {
       return folded<A, 8>(folded<A, 16>(parts));
     } else if constexpr (N == 8) {
