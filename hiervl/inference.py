@@ -134,13 +134,13 @@ class InferenceProtocol:
         """
         if self.kept_only:
             said = predict(self._scaled(image, self.scales[0]))
-            return {"sem_seg": _resized(said.kept, size)[0], "classes": said.index[0]}
+            return {"sem_seg": resized(said.kept, size)[0], "classes": said.index[0]}
         total, views = 0, 0
         for scale in self.scales:
             scaled = self._scaled(image, scale)
             for mirrored in (False, True)[:1 + self.flip]:
                 dense = self._dense(scaled.flip(3) if mirrored else scaled, predict)
-                total = total + _resized(dense.flip(3) if mirrored else dense, size)
+                total = total + resized(dense.flip(3) if mirrored else dense, size)
                 views += 1
         return {"sem_seg": total[0] / views}
 
@@ -153,10 +153,16 @@ class InferenceProtocol:
     @staticmethod
     def _scaled(image, scale):
         size = [max(1, round(edge * scale)) for edge in image.shape[2:]]
-        return _resized(image, size, antialias=scale < 1)
+        return resized(image, size, antialias=scale < 1)
 
 
-def _resized(maps, size, antialias=False):
+def full_size(maps: torch.Tensor, size) -> torch.Tensor:
+    """Maps at a quarter of the padded images' size, (B, C, h, w) -> (B, C, *size) of the images, without padding."""
+    maps = F.interpolate(maps, scale_factor=4, mode="bilinear", align_corners=False)
+    return maps[..., :size[0], :size[1]]
+
+
+def resized(maps, size, antialias=False):
     """(B, C, h, w) -> (B, C, *size), bilinear."""
     if tuple(size) == tuple(maps.shape[2:]):
         return maps

@@ -12,7 +12,7 @@ from .backbones import build_backbone
 from .criterion import Criterion, Normalizers
 from .dual_query_decoder import QueryDecoder, SemanticQueries
 from .errors import UserError
-from .inference import ClassScores, InferenceProtocol, Probabilities, pad_to_multiple
+from .inference import ClassScores, InferenceProtocol, Probabilities, full_size, pad_to_multiple
 from .pixel_decoder import PixelDecoder
 from .points import SharedPoints
 from .query_generator import KeptClasses, QueryGenerator
@@ -256,14 +256,12 @@ class HierVL(nn.Module):
 
     def predict(self, images, cut: bool = True, valid=None) -> Probabilities:
         """(B, 3, H, W) images, RGB 0..255 -> probabilities of the classes; cut and valid: see `look`."""
-        height, width = images.shape[-2:]
         output = self.look(images, cut, valid)
         kept = output.kept
         with torch.autocast(self.device.type, enabled=False):  # a threshold of 0.95 needs more than 8 bits
             evidence = output.layers[-1].evidence(output.mask_features, self.scores, kept and kept.relevance)
         # Only the K' class maps are brought to full size, not the masks of all queries.
-        evidence = F.interpolate(evidence, scale_factor=4, mode="bilinear", align_corners=False)
-        probability = self.scores.normalize(evidence[..., :height, :width])
+        probability = self.scores.normalize(full_size(evidence, images.shape[2:]))
         if kept is None:
             index = torch.arange(self.num_classes, device=self.device).expand(len(images), -1)
             return Probabilities(probability, index, self.num_classes)

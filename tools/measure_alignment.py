@@ -14,7 +14,6 @@ import os
 import sys
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -23,6 +22,7 @@ from hiervl.data.images import read_label  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.evaluation import BoundaryIoU, ConfusionMatrix  # noqa: E402
 from hiervl.evaluation.confusion import scores  # noqa: E402
+from hiervl.inference import full_size, resized  # noqa: E402
 from tools import trained  # noqa: E402
 
 # Attributes of SpatialAlignment that a row switches off.
@@ -56,10 +56,10 @@ def measure(network, samples, ignore_label: int) -> list:
         for name, off in ROWS.items():
             with switched_off(network.alignment, off):
                 said = network.predict(image)
-            for quality, maps in zip(found[name], (said.dense(), pixel_text(said, image.shape[2:]))):
-                maps = F.interpolate(maps, size=(sample["height"], sample["width"]), mode="bilinear",
-                                     align_corners=False)
-                quality.update(label, maps[0], sample["sem_seg_file_name"])
+            pixel_text = full_size(said.spread(said.pixel_text.float(), fill=-1.0), image.shape[2:])
+            for quality, maps in zip(found[name], (said.dense(), pixel_text)):
+                maps = resized(maps, (sample["height"], sample["width"]))[0]
+                quality.update(label, maps, sample["sem_seg_file_name"])
     return [{"network": name} | probabilities.row("probabilities") | scores_.row("pixel-text scores")
             for name, (probabilities, scores_) in found.items()]
 
@@ -75,13 +75,6 @@ def switched_off(module, attributes):
     finally:
         for name, value in before.items():
             setattr(module, name, value)
-
-
-def pixel_text(said, size):
-    """The pixel-text scores at the image's size (height, width): (1, K, *size); -1 for a class that was not kept."""
-    maps = F.interpolate(said.spread(said.pixel_text.float(), fill=-1.0), scale_factor=4, mode="bilinear",
-                         align_corners=False)
-    return maps[..., :size[0], :size[1]]
 
 
 def run(args):

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from hiervl.data.images import read_label  # noqa: E402
 from hiervl.errors import exit_status  # noqa: E402
+from hiervl.inference import full_size, resized  # noqa: E402
 from tools import trained  # noqa: E402
 
 FOUND = 0.5  # IoU of a mask with the object that it finds
@@ -107,9 +107,8 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
         image = sample["image"][None].to(network.device, torch.float32)
         output = network.look(image)
         last = output.layers[-1]
-        masks = F.interpolate(last.masks(output.mask_features), scale_factor=4, mode="bilinear", align_corners=False)
-        masks = F.interpolate(masks[..., :image.shape[2], :image.shape[3]], size=(sample["height"], sample["width"]),
-                              mode="bilinear", align_corners=False)[0] > 0
+        masks = full_size(last.masks(output.mask_features), image.shape[2:])
+        masks = resized(masks, (sample["height"], sample["width"]))[0] > 0
         probability = last.class_logits[0].float().softmax(1)  # (N, K'+1)
         classes = probability[:, :-1].argmax(1)
         if output.kept is not None:

@@ -16,6 +16,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..inference import full_size
 
 
 @dataclass
@@ -82,8 +83,7 @@ def adaptive(pseudo, weight, state, *, quantile, floor, ceiling, momentum):
 @register
 def text_agreement(pseudo, weight, state, *, margin):
     """Keep pixels whose label the pixel-text scores rank first, or within `margin` (of a cosine) of the first."""
-    scores = F.interpolate(pseudo.pixel_text, scale_factor=4, mode="bilinear", align_corners=False)
-    scores = scores[..., :weight.shape[1], :weight.shape[2]]  # (B, K, H, W), without the images' padding
+    scores = full_size(pseudo.pixel_text, weight.shape[1:])  # (B, K, H, W)
     own = scores.gather(1, pseudo.labels[:, None])[:, 0]
     return (own >= scores.amax(1) - margin).to(weight)
 
