@@ -22,9 +22,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from hiervl.data.datasets import dataset_index  # noqa: E402
 from hiervl.data.images import read_label  # noqa: E402
-from hiervl.data.mapper import TestMapper  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
 from hiervl.evaluation.evaluator import SegmentationEvaluator  # noqa: E402
 from hiervl.inference import InferenceProtocol  # noqa: E402
@@ -268,10 +266,8 @@ def build(args) -> tuple:
     taken = {word.casefold() for word in (*seen, *network.class_names)}
     unseen = [word for word in read_lines(args.unseen, "--unseen") if word.casefold() not in taken] \
         if args.unseen else []
-    index, mapper = dataset_index(cfg.DATASETS.TEST[0], cfg.DATASETS.SPLIT_ROOT), TestMapper(cfg)
-    chosen = np.linspace(0, len(index) - 1, min(args.images or len(index), len(index))).round().astype(int)
     lists = read_synonyms(args.synonyms, network.class_names) if args.synonyms else {}
-    samples = [mapper(index[int(i)]) for i in chosen]
+    samples = list(trained.samples(cfg, args.images)[0])
     return cfg, Measurement(network, network.class_names, samples, seen, args.keep), seen, unseen, lists
 
 

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 
+import numpy as np
 from detectron2.modeling import build_model
 
 from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
@@ -43,11 +44,13 @@ def load(cfg, model: str):
     return network
 
 
-def samples(cfg):
-    """(iterable over the test samples of the first set of DATASETS.TEST, that set's table)."""
+def samples(cfg, most: int = 0):
+    """(iterable over the test samples of the first set of DATASETS.TEST, that set's table); `most`: so many of them,
+    evenly spaced; 0: all."""
     part, mapper = cfg.DATASETS.TEST[0], TestMapper(cfg)
     index = dataset_index(part, cfg.DATASETS.SPLIT_ROOT)
-    return (mapper(index[i]) for i in range(len(index))), table_of(part)
+    chosen = np.linspace(0, len(index) - 1, min(most or len(index), len(index))).round().astype(int)
+    return (mapper(index[int(i)]) for i in chosen), table_of(part)
 
 
 def save(args, cfg, file_name: str, facts: dict):
