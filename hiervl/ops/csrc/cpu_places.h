@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kBlock = 64;  // places of one (query, head) handled at a time
 
-// What the passes need of places: the first three to read or write rows of value, the first and the
-// last ones to make gradients of locations and weights.
+// What the passes need of places: all of them `row` and `any`; those that read or sum up rows of
+// value `weight`; the one that makes gradients of locations and weights what comes after it.
 template <typename A>
 struct alignas(64) Places {
   int row[4][kBlock];   // of each corner, over all levels
@@ -27,8 +27,8 @@ struct alignas(64) Places {
 };
 
 // From a query to the next of the same head is a stride that the processor does not foresee, so what
-// the query this many turns later reads and writes is fetched early: a quarter of the forward pass,
-// half of the backward pass.
+// the query this many turns later reads and writes is fetched early. Saves a quarter of the forward
+// pass and half of the backward pass.
 constexpr int64_t kAhead = 4;
 
 HIERVL_INLINE int64_t type_size(ScalarType type) {
