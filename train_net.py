@@ -43,7 +43,7 @@ def run(args):
         trainer.load_for_evaluation()
         if args.classes:
             rename_classes(trainer, read_classes(args.classes))
-        return trainer.evaluation.run(trainer.iter + 1)[0]
+        return trainer.evaluation.measure(trainer.iter + 1)
     trainer.resume_or_load(args.resume)
     return trainer.train()
 

@@ -96,6 +96,9 @@ class Criterion(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         c = cfg.MODEL.CRITERION
+        if not 0 <= c.IMPORTANCE_RATIO <= 1:
+            raise UserError(f"MODEL.CRITERION.IMPORTANCE_RATIO is {c.IMPORTANCE_RATIO}; it is a share of the points, "
+                            "from 0 to 1.")
         if c.SEMANTIC_MATCHING not in ("fixed", "hungarian"):
             raise UserError(f"MODEL.CRITERION.SEMANTIC_MATCHING: {c.SEMANTIC_MATCHING!r} is not one of fixed, "
                             "hungarian.")

@@ -186,10 +186,11 @@ def guidance(network, view):
         dense = F.normalize(initial.dense_text_features(view.images).float(), dim=1)  # (B, Dt, h, w)
         names = network.text.anchors()[index.clamp(max=network.num_classes - 1)]  # (B, K', Dt)
         expected = torch.einsum("bkd,bdhw->bkhw", names, dense) / 0.1
-        expected = expected.masked_fill(distractor, -torch.inf).softmax(1)
+        expected = expected.masked_fill(distractor, -1e4).softmax(1)
     scores = F.interpolate(view.output.aligned.scores, size=expected.shape[2:], mode="bilinear", align_corners=False)
     own = (scores / network.alignment.score_temperature()).masked_fill(distractor, -1e4)
-    return (1 - network.regularizers.progress) * -(expected * own.log_softmax(1)).sum(1).mean()
+    apart = -(expected * own.log_softmax(1)).sum(1).mean((1, 2))  # (B,)
+    return (1 - network.regularizers.progress) * (apart * ~distractor.flatten(1).all(1)).mean()
 
 
 def boundaries(targets: Targets, width: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """Unknown keys are errors, every key is explained, every key is read."""
-import re
+import ast
 from pathlib import Path
 
 import detectron2.modeling.backbone.resnet as d2_resnet
@@ -37,17 +37,51 @@ def _get(cfg, key):
 
 
 def test_every_key_is_read_by_some_code():
-    sources = [p.read_text() for p in [*(ROOT / "hiervl").rglob("*.py"), ROOT / "train_net.py"]
-               if p.name != "config.py"]
-    code = "\n".join(sources) + Path(d2_resnet.__file__).read_text()
+    files = [path for path in [*(ROOT / "hiervl").rglob("*.py"), ROOT / "train_net.py", Path(d2_resnet.__file__)]
+             if path.name != "config.py"]
+    read = set().union(*(keys_read_by(path.read_text()) for path in files))
     by_detectron2 = {"VERSION", "CUDNN_BENCHMARK", "MODEL.META_ARCHITECTURE"}
     # Read by name, from a table: each filter and regularizer has a test of its own.
     options_of_tables = {key for key in config_keys(load_config("", []))
                          if key.startswith(("SEMI.FILTER.", "MODEL.REGULARIZERS."))}
-    unread = [key for key in config_keys(load_config("", []))
-              if key not in by_detectron2 | options_of_tables
-              and not re.search(rf"\.{key.split('.')[-1]}\b", code)]
-    assert not unread
+    assert not set(config_keys(load_config("", []))) - read - by_detectron2 - options_of_tables
+
+
+def keys_read_by(source):
+    """Dotted names of what a source reads of `cfg`, directly or by a name for a section (`options = cfg.TEST`)."""
+    found = set()
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        sections = {"cfg": ()}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                pairs = [(node.targets[0], node.value)]
+                if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = zip(node.targets[0].elts, node.value.elts)
+                sections |= {name.id: _path(value, sections) for name, value in pairs
+                             if isinstance(name, ast.Name) and _path(value, sections)}
+        paths = [_path(node, sections) for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        found |= {".".join(path) for path in paths if path}
+    return found
+
+
+def _path(node, sections):
+    """("MODEL", "HSQG", "KEEP") of the expression cfg.MODEL.HSQG.KEEP; None of one that does not begin with cfg."""
+    if isinstance(node, ast.Name):
+        return sections.get(node.id)
+    if isinstance(node, ast.Attribute):
+        if node.attr == "cfg":
+            return ()
+        before = _path(node.value, sections)
+        return None if before is None else (*before, node.attr)
+    return None
+
+
+def test_a_key_is_found_under_its_section_only():
+    source = """def f(cfg, other):
+    a, b = cfg.MODEL.HSQG, cfg.TEST
+    return a.KEEP, b.MODE, other.SEED, cfg.SEMI.EMA.HORIZON"""
+    assert {"MODEL.HSQG.KEEP", "TEST.MODE", "SEMI.EMA.HORIZON"} <= keys_read_by(source)
+    assert not {"SEED", "KEEP", "MODEL.KEEP"} & keys_read_by(source)
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -38,11 +38,13 @@ def test_train_resume_and_evaluate(root):
     results = call(root)
     assert results["last"]["iteration"] == 2
     assert call(root, "SOLVER.MAX_ITER", "3", flags=["--resume"])["last"]["iteration"] == 3
+    record = (root.parent / "run" / "results.json").read_bytes()
     metrics = call(root, flags=["--eval-only"])
-    assert set(metrics) == {"shapes_val/student", "shapes_val/teacher"}
+    assert set(metrics["shapes_val"]) == {"student", "teacher"} and metrics["iteration"] == 3
     names = MetadataCatalog.get("shapes_val").stuff_classes
     swapped = call(root, flags=["--eval-only", "--classes", ", ".join(names[1:] + names[:1])])
-    assert set(swapped) == set(metrics)
+    assert set(swapped["shapes_val"]) == {"student", "teacher"}
+    assert (root.parent / "run" / "results.json").read_bytes() == record  # the run's, not that of whoever looks again
 
 
 def test_classes_that_do_not_fit(capsys, root):
@@ -68,6 +70,8 @@ def test_classes_that_do_not_fit(capsys, root):
     (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian"), "MODEL.CRITERION.SEGMENTS to components"),
     (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian", "MODEL.CRITERION.SEGMENTS", "components",
       "MODEL.DECODER.SEMANTIC", "False"), "MODEL.DECODER.SEMANTIC is False"),
+    (("MODEL.CRITERION.IMPORTANCE_RATIO", "1.5"), "MODEL.CRITERION.IMPORTANCE_RATIO is 1.5"),
+    (("SEMI.FEATURE_DROPOUT", "1.0"), "SEMI.FEATURE_DROPOUT is 1.0"),
     (("MODEL.TEXT.CONTROL", "random", "MODEL.DECODER.CLASSIFIER", "linear"), "MODEL.TEXT.CONTROL"),
     (("MODEL.TEXT.CONTROL", "random", "MODEL.TEXT.CONTEXT_TOKENS", "2"), "MODEL.TEXT.CONTROL"),
 ])

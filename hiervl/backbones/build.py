@@ -29,12 +29,13 @@ def build_backbone(cfg):
     backbone = BACKBONE_REGISTRY.get(options.NAME)(cfg, ShapeSpec(channels=3))
     if options.FREEZE_BN:
         backbone = freeze_norms(backbone)
-    _choose_trained(backbone, options)
+    _choose_trained(backbone, cfg)
     return backbone
 
 
-def _choose_trained(backbone, options):
+def _choose_trained(backbone, cfg):
     """FREEZE and ATTENTION_ONLY; a feature pyramid, which no weights come with, is always trained."""
+    options = cfg.MODEL.BACKBONE
     if options.FREEZE and options.ATTENTION_ONLY:
         raise UserError("MODEL.BACKBONE: FREEZE and ATTENTION_ONLY exclude each other.")
     pretrained = {name: p for name, p in backbone.named_parameters() if not name.startswith("pyramid.")}

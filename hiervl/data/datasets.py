@@ -137,6 +137,7 @@ def check_dataset(
     sample: int | None = None,
     masks: bool = True,
     instances: bool = False,
+    most_classes: int | None = None,
 ) -> None:
     """Stops at the first thing that would stop, or silently spoil, a run hours later.
 
@@ -146,10 +147,11 @@ def check_dataset(
         sample: look at this many images, evenly spaced; None: at all.
         masks: also open the masks. False for unlabelled images, whose masks are never opened.
         instances: also ask for the instance maps.
+        most_classes: so many classes may an image show (MODEL.HSQG.KEEP); None: any number.
 
     Raises:
         UserError: the root, an image or a mask is missing or broken; image and mask differ in size; a mask
-            has an id outside the class list; there is no instance map.
+            has an id outside the class list, or more classes than may be; there is no instance map.
     """
     if not os.path.isdir(index.root):
         raise UserError(f"{index.root} does not exist; check DETECTRON2_DATASETS (see datasets/README.md)")
@@ -158,7 +160,7 @@ def check_dataset(
         record = index[i]
         size = image_size(record["file_name"])
         if masks:
-            _check_mask(record, size, num_classes, ignore_label)
+            _check_mask(record, size, num_classes, ignore_label, most_classes or num_classes)
         if instances:
             _check_instances(record, size)
 
@@ -189,11 +191,17 @@ def count_pixels(index: PackedIndex, num_classes: int) -> np.ndarray:
     return counts
 
 
-def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_label: int) -> None:
+def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_label: int, most_classes: int) -> None:
     if "sem_seg_file_name" not in record:
         raise UserError(f"{record['file_name']} has no mask in its list; write 'image mask' on its line")
     mask = record["sem_seg_file_name"]
-    check_label(read_label(mask), mask, record["file_name"], size, num_classes, ignore_label)
+    label = read_label(mask)
+    check_label(label, mask, record["file_name"], size, num_classes, ignore_label)
+    if most_classes < num_classes:
+        shown = len(np.setdiff1d(label, [ignore_label]))
+        if shown > most_classes:
+            raise UserError(f"{mask} shows {shown} classes, but MODEL.HSQG.KEEP is {most_classes}; keep at least as "
+                            "many as an image can show")
 
 
 def _check_instances(record: dict, size: tuple[int, int]) -> None:

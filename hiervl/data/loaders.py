@@ -99,7 +99,8 @@ class SemiSupervisedBatches(Dataset):
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
         mapper = TrainMapper(cfg, ignore_label=ignore, first_instance=table_of(cfg.DATASETS.TRAIN[0]).first_instance)
-        check_dataset(labeled, num_classes, ignore, instances=mapper.instances)
+        check_dataset(labeled, num_classes, ignore, instances=mapper.instances,
+                      most_classes=cfg.MODEL.HSQG.KEEP if cfg.MODEL.HSQG.ENABLED else None)
         _check_apart(labeled, cfg)
         if cfg.SEMI.UNLABELED_PER_BATCH:
             check_dataset(unlabeled, num_classes, ignore, sample=_SPOT_CHECK, masks=False)

@@ -79,35 +79,6 @@ def reliability_table(result: dict) -> str:
     ])
 
 
-def read_history(path: str, metric: str = "mIoU") -> dict[str, list[tuple[int, float]]]:
-    """Collects a metric's course from detectron2's ``metrics.json`` (one JSON object per line).
-
-    Returns:
-        {model: [(iteration, value), …]} for every key that ends in ``/<metric>``; the model is what stands before
-        that ("camvid_val/teacher/mIoU" → "camvid_val/teacher"). If an iteration was logged twice, as after a
-        resume, the later line counts.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    found: dict[str, dict[int, float]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except OSError:
-        raise UserError(f"{path}: no such metrics file; training writes it to its output folder") from None
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the line that an interrupted run was writing
-        for key, value in entry.items():
-            model, _, name = key.rpartition("/")
-            if name == metric and model:
-                found.setdefault(model, {})[int(entry["iteration"])] = float(value)
-    return {model: sorted(values.items()) for model, values in found.items()}
-
-
 def summary_table(results: dict, metric: str = "mIoU") -> str:
     """Last and best evaluation of every model (student, teacher) on every data set.
 
@@ -119,7 +90,8 @@ def summary_table(results: dict, metric: str = "mIoU") -> str:
     """
     last, best = results["last"], results["best"]
     rows = [
-        [dataset, model, scores[metric], last["iteration"], best[dataset][model][metric], best["iteration"]]
+        [dataset, model, scores.get(metric), last["iteration"],
+         best.get(dataset, {}).get(model, {}).get(metric), best["iteration"]]
         for dataset, models in last.items() if dataset != "iteration"
         for model, scores in models.items()
     ]

@@ -45,20 +45,26 @@ class Evaluation:
                 self.results = json.load(file)
 
     def run(self, iteration: int):
-        """Evaluate now. Returns (metrics {"data set/model": {...}}, whether this is the best so far)."""
-        entry, flat = {"iteration": iteration}, OrderedDict()
+        """Evaluate a run now, and record it. Returns (metrics {"data set/model": {...}}, whether this is the best so
+        far)."""
+        entry = self.measure(iteration)
+        flat = OrderedDict((f"{name}/{kind}", metrics) for name in self.cfg.DATASETS.TEST
+                           for kind, metrics in entry[name].items())
+        return flat, self._record(entry) if comm.is_main_process() else False
+
+    def measure(self, iteration: int) -> dict:
+        """Evaluate now, and leave results.json as it is. Returns {"iteration", data set: {model: metrics}}; no metrics
+        but on the main process."""
+        entry = {"iteration": iteration}
         for name in self.cfg.DATASETS.TEST:
             entry[name] = {}
             for kind, model in self.models.items():
                 metrics = self._evaluate(model, name, kind)
                 if metrics:  # the main process only
                     entry[name][kind] = metrics
-                    flat[f"{name}/{kind}"] = metrics
                     logger.info("%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), "
                                 "ECE %.2f", name, kind, iteration, model.protocol, metrics["mIoU"], metrics["ECE"])
-        if not comm.is_main_process():
-            return {}, False
-        return flat, self._record(entry)
+        return entry
 
     def _evaluate(self, model, name, kind):
         """One model on one test set: its metrics on the main process, None elsewhere; writes the report."""

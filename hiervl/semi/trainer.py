@@ -21,6 +21,7 @@ from ..checkpoint import AtomicCheckpointer, TrainedNames
 from ..criterion import Normalizers
 from ..data.loaders import build_train_loader
 from ..errors import UserError
+from ..evaluation.report import summary_table
 from ..evaluation.runner import Evaluation
 from ..solver import build_lr_scheduler, build_optimizer
 from .ema import EMAHook, EMATeacher
@@ -95,6 +96,8 @@ class SemiSupervisedTrainer(TrainerBase):
         self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
         self.model.train()
         super().train(self.start_iter, self.max_iter)
+        if self.evaluation.results:  # the main process only
+            logger.info("The last evaluation, and the best, which was chosen on these images:\n%s", summary_table(self.evaluation.results))
         return self.evaluation.results
 
     def load_for_evaluation(self):
@@ -136,6 +139,7 @@ class SemiSupervisedTrainer(TrainerBase):
         if not torch.isfinite(norm):
             self._report_non_finite()
         self.optimizer.step()
+        average_batch_statistics(self.student)
         self.log["grad_norm"] = norm
         self._write_log()
 
@@ -193,10 +197,26 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def evaluate(self):
         """Evaluate student and teacher; keep the checkpoint that is best on the first test set."""
-        metrics, is_best = self.evaluation.run(min(self.iter + 1, self.max_iter))
+        done = min(self.iter + 1, self.max_iter)  # after the last iteration, `iter` has already moved on
+        metrics, is_best = self.evaluation.run(done)
         if is_best and comm.is_main_process():
-            self.checkpointer.save("model_best", iteration=self.iter)
+            self.checkpointer.save("model_best", iteration=done - 1)
         return metrics
+
+
+@torch.no_grad()
+def average_batch_statistics(network):
+    """Running statistics of trained batch norms become their mean over the ranks: each rank sees other images, and
+    what evaluates, teaches and is saved must be one network."""
+    if comm.get_world_size() == 1:
+        return
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+             and m.training and m.track_running_stats]
+    values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    if values:
+        together = torch.cat(values)
+        torch.distributed.all_reduce(together)
+        torch._foreach_copy_(values, (together / comm.get_world_size()).split([len(value) for value in values]))
 
 
 def may_lack_gradients(cfg) -> bool:

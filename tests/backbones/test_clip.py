@@ -1,5 +1,6 @@
 """CLIP's image towers, tiny and with random weights."""
 import json
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -13,7 +14,7 @@ from hiervl.backbones.frozen_norm import freeze_norms
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.pixel_decoder import PixelDecoder
-from hiervl.regularizers import Regularizers
+from hiervl.regularizers import REGULARIZERS, Regularizers
 from tests.networks import DIM, make_network, pseudo_input, training_input
 
 EMBED = 24
@@ -239,6 +240,18 @@ def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed()
     assert all(p.grad is None for p in network.regularizers.initial.parameters())
     network.regularizers.progress = 1.0
     assert network(inputs)["loss_u_guidance"] == 0
+
+
+def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
+    torch.manual_seed(0)
+    network = make_network(backbone=CLIPBackbone(make_visual("vit16")), embeddings=torch.randn(4, EMBED), kind="hiervl",
+                           weights={"guidance": 1.0}).train()
+    image = torch.rand(1, 3, 32, 32)
+    output = SimpleNamespace(kept=SimpleNamespace(index=torch.tensor([[4, 5]])),
+                             aligned=SimpleNamespace(scores=torch.rand(1, 2, 8, 8, requires_grad=True)))
+    loss = REGULARIZERS["guidance"][0](network, SimpleNamespace(output=output, images=image))
+    loss.backward()
+    assert loss == 0 and (output.aligned.scores.grad == 0).all()
 
 
 def test_towers_of_another_kind_are_refused():

@@ -38,8 +38,13 @@ def test_a_missing_data_root_and_an_unknown_part(monkeypatch, tmp_path):
 
 
 def test_a_good_folder_passes_and_is_counted(labeled):
-    check_dataset(labeled, 4, 255)
+    check_dataset(labeled, 4, 255, most_classes=4)
     assert (count_pixels(labeled, 4) == 60 * 20).all()
+
+
+def test_a_mask_with_more_classes_than_can_be_kept_is_told_at_the_start(labeled):
+    with pytest.raises(UserError, match="_mask.png shows 4 classes, but MODEL.HSQG.KEEP is 3"):
+        check_dataset(labeled, 4, 255, most_classes=3)
 
 
 def broken(folder, what):

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from hiervl.errors import UserError
-from hiervl.evaluation import (SegmentationEvaluator, load_result, per_class_table, read_history, reliability_table,
-                               summary_table)
+from hiervl.evaluation import (SegmentationEvaluator, load_result, per_class_table, reliability_table, summary_table)
 
 
 @pytest.fixture
@@ -47,20 +46,6 @@ def test_reliability_table(result):
     assert f"{result['metrics']['ECE']:.2f}" in table
     assert ["0.90", "50.00", "100.00"] in [line.split() for line in table.splitlines()]
     assert "not measured" in reliability_table({**result, "reliability": None})
-
-
-def test_history_from_a_metrics_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    lines = [
-        {"iteration": 9, "val/student/mIoU": 30.0, "val/teacher/mIoU": 31.0, "val/student/mIoU_all": 99.0},
-        {"iteration": 10, "total_loss": 1.0},
-        {"iteration": 19, "val/student/mIoU": 99.0},
-        {"iteration": 19, "val/student/mIoU": 40.0},
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"iteration": 3')
-    assert read_history(str(path)) == {"val/student": [(9, 30.0), (19, 40.0)], "val/teacher": [(9, 31.0)]}
-    with pytest.raises(UserError, match="no such metrics file"):
-        read_history(str(tmp_path / "none.json"))
 
 
 def test_last_and_best():
