@@ -1,4 +1,4 @@
-"""The training loss of one set of images, labelled or pseudo-labelled (DESIGN section 2, "Criterion").
+"""The training loss of one set of images, labelled or pseudo-labelled (docs/how-it-works.md, "Criterion").
 
 Instance queries are matched to segments. Semantic queries are tied to their class: all E of them mean its whole
 region, or they share its segments by matching. Every prediction of the decoder is supervised. Validity is a weight per

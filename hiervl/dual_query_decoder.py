@@ -1,5 +1,5 @@
 """DQTD, the dual-query transformer decoder: masked attention (Mask2Former, arXiv 2112.01527, section 3.2) over two
-sets of queries (DESIGN section 2; docs/how-it-works.md, "two sets of queries").
+sets of queries (docs/how-it-works.md, "two sets of queries").
 
 Instance queries are learnt and free to take any segment; semantic queries (K' classes at E scales) come from the
 names and stay with their class. Inputs: memory F1..F3, mask features M, class embeddings T, and the semantic queries

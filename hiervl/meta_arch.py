@@ -1,4 +1,4 @@
-"""HierVL, the network: image and class names in, class probabilities per pixel out (DESIGN section 1)."""
+"""HierVL, the network: image and class names in, class probabilities per pixel out (docs/how-it-works.md)."""
 from dataclasses import dataclass
 
 import torch

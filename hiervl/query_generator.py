@@ -1,4 +1,4 @@
-"""HSQG, the hierarchical semantic query generator (DESIGN section 2; docs/how-it-works.md, "kept classes").
+"""HSQG, the hierarchical semantic query generator (docs/how-it-works.md, "kept classes").
 
 Finds out which of the named classes an image can show, and turns the names of those into queries at three scales.
 Inputs: res5 (B, C, h, w) and class embeddings (V, Dt). Output: KeptClasses.

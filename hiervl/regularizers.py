@@ -1,4 +1,4 @@
-"""Regularizers: small functions of one signature, each with its weight in MODEL.REGULARIZERS (DESIGN section 2).
+"""Regularizers: small functions of one signature, each with its weight in MODEL.REGULARIZERS.
 
 A regularizer is a function (network, view) -> scalar, registered for the kinds of images it is for. To add one: write
 the function, register it, add its weight under MODEL.REGULARIZERS.<NAME>. A weight of 0 switches it off: the function

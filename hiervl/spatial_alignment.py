@@ -1,4 +1,4 @@
-"""CMSAM, the cross-modal spatial alignment module (DESIGN section 2; docs/how-it-works.md, "alignment maps").
+"""CMSAM, the cross-modal spatial alignment module (docs/how-it-works.md, "alignment maps").
 
 At each scale e and for each kept class k, A_{e,k}(x) is the cosine between the class's query and the pixel. It moves
 what the pixels know into the queries and what the names know into the pixels; the three maps together are the

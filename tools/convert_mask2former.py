@@ -1,7 +1,7 @@
 """Turn an official Mask2Former checkpoint into an initialisation for HierVL.
 
-    python tools/convert_mask2former.py model_final.pkl mask2former.pth --config-file configs/camvid_23.yaml
-    python train_net.py --config-file configs/camvid_23.yaml MODEL.WEIGHTS mask2former.pth
+    python tools/convert_mask2former.py model_final.pkl mask2former.pth --config-file configs/coco_232_r50.yaml
+    python train_net.py --config-file configs/coco_232_r50.yaml MODEL.WEIGHTS mask2former.pth
 
 With --config-file the weights are compared with that config's network: what has no place in it, or another shape, is
 left out and listed. Without it they are renamed only. The class head is for Mask2Former's own classes: it is kept for

@@ -1,12 +1,15 @@
 """MobileNetV2 as torchvision defines it, so that torchvision's ImageNet weights load strictly."""
+import os
+
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import nn
-from torchvision.models import mobilenet_v2
+from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
 from ..checkpoint import load_strictly
+from ..errors import UserError
 
 # The last block of each stride in torchvision's `features`; the 1280-channel head behind res5 is not used.
 _STAGES = {"res2": slice(0, 4), "res3": slice(4, 7), "res4": slice(7, 14), "res5": slice(14, 18)}
@@ -30,6 +33,9 @@ class MobileNetV2(Backbone):
         super().__init__()
         network = mobilenet_v2(weights=None)
         if weights:
+            if not os.path.isfile(weights):
+                raise UserError(f"{weights}: no such weights file (MODEL.BACKBONE.WEIGHTS); fetch torchvision's from "
+                                f"{MobileNet_V2_Weights.IMAGENET1K_V1.url}, or set it to '' to begin without.")
             load_strictly(network, weights, "MODEL.BACKBONE.WEIGHTS")
         self.stages = nn.ModuleDict({name: network.features[blocks] for name, blocks in _STAGES.items()})
         for name in list(_STAGES)[:max(freeze_at - 1, 0)]:

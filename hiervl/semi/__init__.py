@@ -1,1 +1,1 @@
-"""Semi-supervised training: trainer, EMA teacher, pseudo-labels and their filters (DESIGN section 3)."""
+"""Semi-supervised training: trainer, EMA teacher, pseudo-labels and their filters (docs/how-it-works.md)."""

@@ -97,7 +97,8 @@ class SemiSupervisedTrainer(TrainerBase):
         self.model.train()
         super().train(self.start_iter, self.max_iter)
         if self.evaluation.results:  # the main process only
-            logger.info("The last evaluation, and the best, which was chosen on these images:\n%s", summary_table(self.evaluation.results))
+            logger.info("The last evaluation, and the best, which was chosen on these images:\n%s",
+                        summary_table(self.evaluation.results))
         return self.evaluation.results
 
     def load_for_evaluation(self):

@@ -1,4 +1,4 @@
-"""Residual adapter of the text space, and the regularizer that keeps it near the frozen one (DESIGN section 2)."""
+"""Residual adapter of the text space, and the regularizer that keeps it near the frozen one (docs/how-it-works.md)."""
 import math
 
 import torch

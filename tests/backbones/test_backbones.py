@@ -54,6 +54,11 @@ def test_weights_of_another_network_are_refused(tmp_path):
         MobileNetV2(weights=str(tmp_path / "other.pth"))
 
 
+def test_missing_weights_are_told_with_where_to_get_them(tmp_path):
+    with pytest.raises(UserError, match=r"none.pth: no such weights file \(MODEL.BACKBONE.WEIGHTS\).*https://"):
+        MobileNetV2(weights=str(tmp_path / "none.pth"))
+
+
 def test_resnet_of_detectron2():
     cfg = load_config("", ["MODEL.DEVICE", "cpu"])
     backbone = build_backbone(cfg).eval()
