@@ -2,7 +2,8 @@
 
     python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
     python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
-    ... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order
+    ... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order;
+                                                            reports go to OUTPUT_DIR/inference_other_words
 """
 import logging
 import os
@@ -41,9 +42,10 @@ def run(args):
     trainer = SemiSupervisedTrainer(cfg)
     if args.eval_only:
         trainer.load_for_evaluation()
-        if args.classes:
-            rename_classes(trainer, read_classes(args.classes))
-        return trainer.evaluation.measure(trainer.iter + 1)
+        if not args.classes:
+            return trainer.evaluation.measure(trainer.iter + 1)
+        rename_classes(trainer, read_classes(args.classes))
+        return trainer.evaluation.measure(trainer.iter + 1, "inference_other_words")
     trainer.resume_or_load(args.resume)
     return trainer.train()
 

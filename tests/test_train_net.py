@@ -38,13 +38,17 @@ def test_train_resume_and_evaluate(root):
     results = call(root)
     assert results["last"]["iteration"] == 2
     assert call(root, "SOLVER.MAX_ITER", "3", flags=["--resume"])["last"]["iteration"] == 3
-    record = (root.parent / "run" / "results.json").read_bytes()
+    run = root.parent / "run"
+    record = (run / "results.json").read_bytes()
     metrics = call(root, flags=["--eval-only"])
     assert set(metrics["shapes_val"]) == {"student", "teacher"} and metrics["iteration"] == 3
+    report = (run / "inference/shapes_val/teacher/segmentation.json").read_bytes()
     names = MetadataCatalog.get("shapes_val").stuff_classes
     swapped = call(root, flags=["--eval-only", "--classes", ", ".join(names[1:] + names[:1])])
     assert set(swapped["shapes_val"]) == {"student", "teacher"}
-    assert (root.parent / "run" / "results.json").read_bytes() == record  # the run's, not that of whoever looks again
+    assert (run / "inference/shapes_val/teacher/segmentation.json").read_bytes() == report
+    assert (run / "inference_other_words/shapes_val/teacher/segmentation.json").is_file()
+    assert (run / "results.json").read_bytes() == record  # the run's, not that of whoever looks again
 
 
 def test_classes_that_do_not_fit(capsys, root):

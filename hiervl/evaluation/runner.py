@@ -16,6 +16,7 @@ from .report import load_result
 from .report_files import write_report_files
 
 logger = logging.getLogger(__name__)
+FOLDER = "inference"
 
 
 class Evaluation:
@@ -52,23 +53,23 @@ class Evaluation:
                            for kind, metrics in entry[name].items())
         return flat, self._record(entry) if comm.is_main_process() else False
 
-    def measure(self, iteration: int) -> dict:
-        """Evaluate now, and leave results.json as it is. Returns {"iteration", data set: {model: metrics}}; no metrics
-        but on the main process."""
+    def measure(self, iteration: int, folder: str = FOLDER) -> dict:
+        """Evaluate now, write reports into that folder of OUTPUT_DIR, and leave results.json as it is. Returns
+        {"iteration", data set: {model: metrics}}; no metrics but on the main process."""
         entry = {"iteration": iteration}
         for name in self.cfg.DATASETS.TEST:
             entry[name] = {}
             for kind, model in self.models.items():
-                metrics = self._evaluate(model, name, kind)
+                metrics = self._evaluate(model, name, kind, folder)
                 if metrics:  # the main process only
                     entry[name][kind] = metrics
                     logger.info("%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), "
                                 "ECE %.2f", name, kind, iteration, model.protocol, metrics["mIoU"], metrics["ECE"])
         return entry
 
-    def _evaluate(self, model, name, kind):
+    def _evaluate(self, model, name, kind, folder):
         """One model on one test set: its metrics on the main process, None elsewhere; writes the report."""
-        output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind)
+        output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind, folder)
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
         evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images,
@@ -96,9 +97,9 @@ class Evaluation:
         return max(metrics["mIoU"] for metrics in entry[self.cfg.DATASETS.TEST[0]].values())
 
 
-def result_folder(output_dir: str, name: str, kind: str) -> str:
+def result_folder(output_dir: str, name: str, kind: str, folder: str = FOLDER) -> str:
     """Where a run keeps the result of a model ("student", "teacher") on a test set."""
-    return os.path.join(output_dir, "inference", name, kind)
+    return os.path.join(output_dir, folder, name, kind)
 
 
 def _previous_result(path, name, kind):
