@@ -67,6 +67,7 @@ def test_the_class_head_is_left_out_by_default(tmp_path, reference, capsys):
 
 CONFIG = "configs/shapes_supervised.yaml"
 SMALL = ["MODEL.HSQG.ENABLED", False, "MODEL.CMSAM.ENABLED", False, "MODEL.DECODER.SEMANTIC", False,
+         "MODEL.CRITERION.SEMANTIC_MATCHING", "fixed",
          "MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.BACKBONE.TIMM.NAME", "lcnet_050",
          "MODEL.PIXEL_DECODER.CONV_DIM", "64", "MODEL.PIXEL_DECODER.MASK_DIM", "64",
          "MODEL.PIXEL_DECODER.ENC_LAYERS", "2", "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM", "128",

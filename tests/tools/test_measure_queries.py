@@ -65,7 +65,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     weights = str(tmp_path / "network.pth")
     for semantic in ("True", "False"):
         call = ["--config-file", "configs/shapes_supervised.yaml", "--output", str(tmp_path / "out"), "--opts", *TINY,
-                "MODEL.DECODER.SEMANTIC", semantic]
+                "MODEL.DECODER.SEMANTIC", semantic, "MODEL.CRITERION.SEMANTIC_MATCHING", "fixed"]
         args = tool.parse_args(call)
         cfg = tool.trained.read_config(args.config_file, args.opts)
         torch.save({"model": build_model(cfg).state_dict()}, weights)
