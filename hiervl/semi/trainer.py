@@ -15,6 +15,7 @@ from detectron2.engine import TrainerBase, create_ddp_model
 from detectron2.engine import hooks as d2_hooks
 from detectron2.modeling import build_model
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from fvcore.nn.precise_bn import get_bn_modules
 
 from .. import meta_arch  # noqa: F401  (registers HierVL with detectron2)
 from ..checkpoint import AtomicCheckpointer, TrainedNames
@@ -211,9 +212,7 @@ def average_batch_statistics(network):
     what evaluates, teaches and is saved must be one network."""
     if comm.get_world_size() == 1:
         return
-    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
-             and m.training and m.track_running_stats]
-    values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    values = [value for norm in get_bn_modules(network) for value in (norm.running_mean, norm.running_var)]
     if values:
         together = torch.cat(values)
         torch.distributed.all_reduce(together)
