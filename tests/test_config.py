@@ -110,3 +110,51 @@ def test_a_missing_or_broken_file(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_config(str(path), [])
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{proof}]", "!!python/object/new:os.mkdir [{proof}]",
+                                 "!!python/name:os.mkdir", "!!python/module:os", "!!python/tuple [1, 2]"])
+@pytest.mark.parametrize("place", ["itself", "_BASE_"])
+def test_no_config_runs_code(tmp_path, tag, place):
+    proof = tmp_path / "executed"
+    (tmp_path / "evil.yaml").write_text("SOLVER: " + tag.format(proof=proof))
+    (tmp_path / "mine.yaml").write_text("_BASE_: evil.yaml")
+    with pytest.raises(UserError, match="evil.yaml: holds more than plain values") as error:
+        load_config(str(tmp_path / ("evil.yaml" if place == "itself" else "mine.yaml")), [])
+    assert "\n" not in str(error.value) and not proof.exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ("_BASE_: https://example.org/evil.yaml", "must name a local file"),
+    ("_BASE_: file:///etc/evil.yaml", "must name a local file"),
+    ("_BASE_: [mine.yaml]", "is its own _BASE_"),
+    ("_BASE_: there/../mine.yaml", "is its own _BASE_"),
+    ("_BASE_: nowhere.yaml", "nowhere.yaml: no such config file .*_BASE_ of mine.yaml"),
+    ("_BASE_: there", "there: no such config file"),
+    ("_BASE_: 3", "must name a local file, not 3"),
+    ("_BASE_: [[]]", "must name a local file"),
+    ("- a\n- b", "holds a list"),
+    ("just words", "holds a str"),
+    ("a: &a [*a]", "mine.yaml: "),
+    ("SEED: 2020-01-01", "mine.yaml: .*not a valid type"),
+    ("a: " + "[" * 3000, "cannot be read as YAML"),
+    ("\0", "cannot be read as YAML"),
+    ("? [1, 2]\n: 3", "mine.yaml: "),
+    ("1: 2", "mine.yaml: "),
+    ("MODEL: 3", "mine.yaml: "),
+])
+def test_what_is_no_config_ends_in_one_line(tmp_path, content, message):
+    (tmp_path / "there").mkdir()
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(str(path), [])
+    assert "\n" not in str(error.value)
+
+
+def test_later_bases_and_the_file_itself_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 1\nSOLVER: {MAX_ITER: 1, BASE_LR: 1.0}")
+    (tmp_path / "b.yaml").write_text("SEED: 2\nSOLVER: {MAX_ITER: 2}")
+    (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\nSEED: 3")
+    cfg = load_config(str(tmp_path / "c.yaml"), [])
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (3, 2, 1.0)
