@@ -9,6 +9,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .errors import UserError
+from .pickled_arrays import is_array, read_pickled_arrays
 
 
 @contextlib.contextmanager
@@ -109,6 +110,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # a load that failed must not make detectron2 refuse the next one
 
+    def _load_file(self, path):
+        """Detectron2 unpickles .pkl files as they are and .pyth files with all that torch.load allows; neither may
+        run code here."""
+        if path.endswith(".pkl"):
+            return _model_zoo_weights(path)
+        if path.endswith(".pyth"):
+            raise UserError(f"{path}: checkpoints of pycls are not read; save its model_state as a .pth file.")
+        return super()._load_file(path)
+
     def _torch_load(self, path):
         return read_state(path, "MODEL.WEIGHTS")
 
@@ -119,17 +129,32 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise UserError(f"{self._path}: the state of {absent[0]!r} is not in it, so training cannot go on from "
                             "here; name it in MODEL.WEIGHTS to start from its weights.")
         found = [key.removeprefix("module.") for key in checkpoint["model"]]
-        heuristic = checkpoint.get("matching_heuristics", False)  # detectron2 then matches by the ends of names
+        if not found:
+            raise UserError(f"{self._path}: holds no weights.")
         incompatible = super()._load_model(checkpoint)
         if ours:
             _raise_on_misfit(self._path, "this config", incompatible.missing_keys, incompatible.unexpected_keys,
                              incompatible.incorrect_shapes)
         elif incompatible.incorrect_shapes:
             _raise_on_misfit(self._path, "this config", (), (), incompatible.incorrect_shapes)
-        elif found and not heuristic and not self.model.state_dict().keys() & set(found):
+        elif {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise UserError(f"{self._path}: none of its {len(found)} weights (such as {found[0]}) has a name that the "
                             "model knows; weights of a backbone alone belong in MODEL.BACKBONE.WEIGHTS.")
         return incompatible
+
+
+def _model_zoo_weights(path):
+    """What Detectron2 makes of a .pkl file: a checkpoint of its own model zoo, or Caffe2's blobs."""
+    data = read_pickled_arrays(path)
+    if "model" not in data or "__author__" not in data:
+        blobs = data.get("blobs", data)
+        data = {"model": {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")},
+                "__author__": "Caffe2", "matching_heuristics": True}
+    strange = next((name for name, value in data["model"].items() if not is_array(value)), None)
+    if strange is not None:
+        raise UserError(f"{path}: {strange!r} in it is no array of numbers; it is not a checkpoint of Detectron2's "
+                        "model zoo.")
+    return data
 
 
 def read_state(path: str, key: str):

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, strict where they must be, and one line that names the key and the file."""
 import os
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,3 +168,49 @@ def test_strict_loading_of_a_part(tmp_path):
     with pytest.raises(UserError) as error:
         load_strictly(nn.Linear(2, 4), path, "MODEL.BACKBONE.WEIGHTS")
     one_line(error, path, "weight", "(3, 2)", "(4, 2)", "MODEL.BACKBONE.WEIGHTS")
+
+
+class Evil:
+    """Unpickling it runs code."""
+
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return os.mkdir, (self.proof,)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pyth", ".pth"])
+@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"model": {"0.weight": evil}, "__author__": "x"},
+                                  lambda evil: {"blobs": {"w": evil}}, lambda evil: {"model_state": {"w": evil}}])
+def test_no_file_of_weights_runs_code(tmp_path, suffix, wrap):
+    path, proof = tmp_path / f"weights{suffix}", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(wrap(Evil(proof))))
+    with pytest.raises(UserError) as error:
+        make(tmp_path).load(str(path), checkpointables=[])
+    one_line(error, str(path))
+    assert not proof.exists()
+
+
+def test_a_pickle_of_the_model_zoo_is_read(tmp_path):
+    path = tmp_path / "R-50.pkl"
+    state = {"model": {"weight": np.full((3, 2), 7, np.float32)}, "__author__": "x", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(state, protocol=2).replace(b"numpy._core", b"numpy.core"))  # as numpy 1 wrote it
+    checkpointer = make(tmp_path)
+    checkpointer.load(str(path), checkpointables=[])
+    assert checkpointer.model[0].weight.eq(7).all()
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"model": {"conv9": np.ones(3)}, "__author__": "x", "matching_heuristics": True}, ["none of its 1", "conv9"]),
+    ({"model": {}, "__author__": "x", "matching_heuristics": True}, ["holds no weights"]),
+    ({"model": {"0.weight": "text"}, "__author__": "x"}, ["0.weight", "no array"]),
+    ({"blobs": {"w": np.array([None])}}, ["'w'", "no array"]),
+    ([1, 2], ["holds no weights", "list"]),
+])
+def test_a_pickle_that_brings_nothing_is_an_error(tmp_path, content, words):
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError) as error:
+        make(tmp_path).load(str(path), checkpointables=[])
+    one_line(error, str(path), *words)

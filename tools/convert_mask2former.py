@@ -10,10 +10,8 @@ MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier), neve
 import argparse
 import collections
 import os
-import pickle
 import sys
 
-import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -21,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hiervl.checkpoint import atomic_write, read_state  # noqa: E402
 from hiervl.config import load_config  # noqa: E402
 from hiervl.errors import UserError, exit_status  # noqa: E402
+from hiervl.pickled_arrays import is_array, read_pickled_arrays  # noqa: E402
 
 PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
             "sem_seg_head.predictor.": "decoder."}
@@ -31,39 +30,16 @@ LANDMARKS = {"decoder.transformer_cross_attention_layers.0.multihead_attn.in_pro
                  "deformable-attention pixel decoder"}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts of arrays and nothing that could run code: detectron2's .pkl checkpoints hold no more."""
-
-    ALLOWED = {("collections", "OrderedDict"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),
-               ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
-               ("numpy._core.numeric", "_frombuffer")}
-
-    def find_class(self, module, name):
-        module = module.replace("numpy.core", "numpy._core")  # numpy 1 wrote the one, numpy 2 has the other
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     """The weights of a .pkl or .pth checkpoint, under the names they have there.
 
     Raises:
         UserError: no such file, or no checkpoint.
     """
-    if path.endswith(".pkl"):
-        try:
-            with open(path, "rb") as file:
-                state = _ArrayUnpickler(file, encoding="latin1").load()
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such checkpoint.") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a pickled checkpoint of arrays, or damaged: {error}") from None
-    else:
-        state = read_state(path, "the file to convert")
+    state = read_pickled_arrays(path) if path.endswith(".pkl") else read_state(path, "the file to convert")
     state = state.get("model", state) if isinstance(state, dict) else {}
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state.items()
-               if isinstance(value, (np.ndarray, torch.Tensor))}
+               if is_array(value) or isinstance(value, torch.Tensor)}
     if not weights:
         raise UserError(f"{path}: holds no weights.")
     return weights
