@@ -12,13 +12,13 @@ help:  ## list the targets
 	@echo "  Variables: PYTHON=python3.11 (3.10 or newer), DETECTRON2=wheel|git, ARGS='...' (passed on)."
 
 install:  ## make or update .venv (at once if up to date)
-	@$(PYTHON) tools/install.py $(if $(DETECTRON2),--detectron2 $(DETECTRON2))
+	@$(PYTHON) tools/setup/install.py $(if $(DETECTRON2),--detectron2 $(DETECTRON2))
 
 ops:  ## compile the kernels of hiervl.ops again
-	@$(PYTHON) tools/install.py --ops
+	@$(PYTHON) tools/setup/install.py --ops
 
 demo: install  ## train on generated images in minutes: labelled-only against semi-supervised
-	$(PY) tools/run_demo.py $(ARGS)
+	$(PY) -m tools.setup.run_demo $(ARGS)
 
 test: install  ## run the tests (ARGS='-k name' selects)
 	$(PY) -m pytest $(ARGS)
@@ -27,7 +27,7 @@ lint: install  ## look for mistakes and long lines
 	$(PY) -m ruff check $(ARGS) .
 
 bench: install  ## time everything that docs/PERFORMANCE.md tells (ARGS=op: one part)
-	$(PY) tools/benchmark.py $(ARGS)
+	$(PY) -m tools.benchmark $(ARGS)
 
 clean:  ## remove caches, outputs and compiled kernels; keeps .venv
 	rm -rf output .pytest_cache .ruff_cache hiervl/ops/*.so

@@ -11,9 +11,9 @@ import sys
 
 # Idle OpenMP threads of one process must not spin on the cores that its data workers need: on a small machine that
 # costs more than the work itself. Has to be set before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from hiervl.config import load_config, use_cpu_without_gpu
 from hiervl.errors import UserError
 from hiervl.semi.trainer import SemiSupervisedTrainer
-from hiervl.text.word_lists import read_classes
+from hiervl.modeling.text.word_lists import read_classes
 
 
 def setup(args):

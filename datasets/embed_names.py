@@ -57,9 +57,8 @@ def main(argv=None) -> None:
 
 def embed_with_tower(model: str, pretrained: str, templates: list[str], texts: list[str]) -> np.ndarray:
     """Unit vectors (texts, width), means over the templates."""
-    sys.path.insert(0, str(ROOT))
     from hiervl.errors import UserError
-    from hiervl.text import TextTower
+    from hiervl.modeling.text import TextTower
 
     try:
         return TextTower(model, pretrained, tuple(templates)).embed(texts, texts).numpy()

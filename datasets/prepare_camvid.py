@@ -11,10 +11,6 @@ Resumable: what is there and right is kept. Exit status: 0 only if nothing is wr
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hiervl.data.prepare import command
 from hiervl.data.prepare.camvid import make_plan
 

@@ -9,10 +9,6 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hiervl.data import shapes
 from hiervl.data.datasets import check_dataset, data_root, table_of
 from hiervl.data.index import PackedIndex

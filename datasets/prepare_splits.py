@@ -13,10 +13,6 @@ status: 0 only if everything holds.
 import argparse
 import os
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hiervl.data.datasets import DEFAULT_SPLIT_ROOT
 from hiervl.data.prepare import published
 from hiervl.data.prepare.draw import draw_splits

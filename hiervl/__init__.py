@@ -1,1 +1,11 @@
-"""HierVL: semi-supervised semantic segmentation with a mask transformer that knows its classes by name."""
+"""HierVL: semi-supervised semantic segmentation with a mask transformer that knows its classes by name.
+
+Importing the package registers its data sets in Detectron2's catalogs, and its backbones and meta-architecture in
+Detectron2's registries.
+"""
+
+from .data import datasets as _datasets  # noqa: F401
+from .modeling import HierVL
+from .version import __version__
+
+__all__ = ["HierVL", "__version__"]

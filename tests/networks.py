@@ -1,18 +1,18 @@
 """Small networks and training inputs that several tests build on."""
 import torch
 
-from hiervl.backbones import TimmBackbone
-from hiervl.classifier import LinearClassifier, TextClassifier
-from hiervl.criterion import Criterion
-from hiervl.dual_query_decoder import QueryDecoder
-from hiervl.inference import InferenceProtocol
-from hiervl.matcher import HungarianMatcher
-from hiervl.meta_arch import HierVL
-from hiervl.pixel_decoder import PixelDecoder
-from hiervl.query_generator import QueryGenerator
-from hiervl.regularizers import Regularizers
-from hiervl.spatial_alignment import SpatialAlignment
-from hiervl.text import ClassText
+from hiervl.modeling.backbones import TimmBackbone
+from hiervl.modeling.classifier import LinearClassifier, TextClassifier
+from hiervl.losses.criterion import Criterion
+from hiervl.modeling.dual_query_decoder import QueryDecoder
+from hiervl.modeling.inference import InferenceProtocol
+from hiervl.losses.matcher import HungarianMatcher
+from hiervl.modeling.meta_arch import HierVL
+from hiervl.modeling.pixel_decoder import PixelDecoder
+from hiervl.modeling.query_generator import QueryGenerator
+from hiervl.losses.regularizers import Regularizers
+from hiervl.modeling.spatial_alignment import SpatialAlignment
+from hiervl.modeling.text import ClassText
 
 DIM, TEXT_DIM = 32, 16
 WEIGHTS = {"language": 0.1, "vision_language": 1.0, "relevance": 1.0, "diversity": 0.1, "contrastive": 0.1,

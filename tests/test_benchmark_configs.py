@@ -7,13 +7,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from hiervl import meta_arch
-from hiervl.backbones import clip_model
+from hiervl.modeling import meta_arch
+from hiervl.modeling.backbones import clip_model
 from hiervl.config import load_config
 from hiervl.data.datasets import table_of
 from hiervl.data.prepare.published import known_hashes
-from hiervl.text import ClassText
-from hiervl.text.word_lists import read_definitions
+from hiervl.modeling.text import ClassText
+from hiervl.modeling.text.word_lists import read_definitions
 
 from .conftest import shared_file
 

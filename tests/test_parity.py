@@ -3,12 +3,12 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from hiervl.classifier import LinearClassifier
-from hiervl.criterion import dice_loss, sigmoid_ce_loss
-from hiervl.dual_query_decoder import QueryDecoder
-from hiervl.inference import ClassScores
-from hiervl.matcher import dice_cost, sigmoid_ce_cost
-from hiervl.pixel_decoder import PixelDecoder
+from hiervl.modeling.classifier import LinearClassifier
+from hiervl.losses.criterion import dice_loss, sigmoid_ce_loss
+from hiervl.modeling.dual_query_decoder import QueryDecoder
+from hiervl.modeling.inference import ClassScores
+from hiervl.losses.matcher import dice_cost, sigmoid_ce_cost
+from hiervl.modeling.pixel_decoder import PixelDecoder
 
 from .conftest import shared_file
 

@@ -9,17 +9,13 @@ MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier), neve
 """
 import argparse
 import collections
-import os
 import sys
 
 import torch
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from hiervl.checkpoint import atomic_write, read_state  # noqa: E402
-from hiervl.config import load_config  # noqa: E402
-from hiervl.errors import UserError, exit_status  # noqa: E402
-from hiervl.pickled_arrays import is_array, read_pickled_arrays  # noqa: E402
+from hiervl.checkpoint import atomic_write, read_state
+from hiervl.config import load_config
+from hiervl.errors import UserError, exit_status
+from hiervl.pickled_arrays import is_array, read_pickled_arrays
 
 PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
             "sem_seg_head.predictor.": "decoder."}
@@ -127,8 +123,6 @@ def build_network(args):
     """The config's network, and whether its classifier is Mask2Former's."""
     from detectron2.modeling import build_model
 
-    from hiervl import meta_arch  # noqa: F401  (registers HierVL with detectron2)
-    from hiervl.data import datasets  # noqa: F401  (registers the data sets)
 
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     return build_model(cfg), cfg.MODEL.DECODER.CLASSIFIER == "linear"

@@ -17,15 +17,11 @@ import torch
 import tqdm
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.visualizer import ColorMode, Visualizer
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from hiervl.data import datasets  # noqa: E402, F401  (registers the data sets)
-from hiervl.data.images import read_image  # noqa: E402
-from hiervl.data.mapper import TestMapper  # noqa: E402
-from hiervl.errors import UserError, exit_status  # noqa: E402
-from hiervl.text.word_lists import read_classes  # noqa: E402
-from tools import trained  # noqa: E402
+from hiervl.data.images import read_image
+from hiervl.data.mapper import TestMapper
+from hiervl.errors import UserError, exit_status
+from hiervl.modeling.text.word_lists import read_classes
+from tools.analysis import trained
 
 UNSURE = 255
 _READABLE = 360  # pixels on the shorter side of an overlay, at least

@@ -16,7 +16,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..inference import full_size
+from ..modeling.inference import full_size
 
 
 @dataclass

@@ -17,14 +17,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 
-from .. import meta_arch  # noqa: F401  (registers HierVL with detectron2)
 from ..checkpoint import AtomicCheckpointer, TrainedNames
-from ..criterion import Normalizers
+from ..losses.criterion import Normalizers
 from ..data.loaders import build_train_loader
 from ..errors import UserError
 from ..evaluation.report import summary_table
 from ..evaluation.runner import Evaluation
-from ..solver import build_lr_scheduler, build_optimizer
+from .solver import build_lr_scheduler, build_optimizer
 from .ema import EMAHook, EMATeacher
 from .pseudo_label import PseudoLabelHook
 

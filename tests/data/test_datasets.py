@@ -8,7 +8,7 @@ from hiervl.data.images import image_size, read_image, read_label
 from hiervl.data.index import PackedIndex
 from hiervl.errors import UserError
 
-from ..conftest import shared_file
+from tests.conftest import shared_file
 
 
 def test_parts_are_registered_with_their_classes():

@@ -6,7 +6,7 @@ from hiervl.data.loaders import build_test_loader, build_train_loader
 from hiervl.data.shapes import generate
 from hiervl.errors import UserError
 
-from ..conftest import shared_file
+from tests.conftest import shared_file
 
 
 @pytest.fixture(scope="module")

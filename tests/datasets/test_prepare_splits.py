@@ -11,7 +11,7 @@ from hiervl.data.prepare import published
 from hiervl.data.prepare.draw import balanced_order, uniform_order
 from hiervl.data.splits import load_split
 
-from ..conftest import shared_file
+from tests.conftest import shared_file
 
 
 def test_the_local_copy_is_verified_and_refused_with_one_line_changed(run, tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hiervl.inference import Probabilities
+from hiervl.modeling.inference import Probabilities
 from hiervl.semi.filters import FilterChain
 from hiervl.semi.pseudo_label import PseudoLabelHook, paste
 

@@ -1,0 +1,202 @@
+"""From queries to class probabilities per pixel, and the ways to cover an image with them."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import nn
+
+from ..errors import UserError
+
+
+@dataclass
+class Probabilities:
+    """What the network says of B images.
+
+    Attributes:
+        kept: (B, K', H, W) probabilities of the kept classes. index: (B, K'), their positions in the list of names.
+        num_classes: K. relevance: (B, K) of all names; pixel_text: (B, K', H/4, W/4), the pixel-text scores; both
+            None in a network without language modules.
+    """
+
+    kept: torch.Tensor
+    index: torch.Tensor
+    num_classes: int
+    relevance: torch.Tensor | None = None
+    pixel_text: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """(B, K, H, W): a class that was not kept has probability 0."""
+        return self.spread(self.kept)
+
+    def spread(self, maps: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """Maps (B, K', h, w) of the kept classes -> (B, K, h, w), `fill` for the others."""
+        index = self.index[..., None, None].expand_as(maps)
+        return maps.new_full((len(maps), self.num_classes, *maps.shape[2:]), fill).scatter(1, index, maps)
+
+
+class ClassScores(nn.Module):
+    """Evidence u_k(x) and probability p_k = u_k / (epsilon + sum_j u_j).
+
+    u_k = s_k * (w_s * mean_e g_ek * sigmoid(mask) + w_i * sum_n softmax(class)_k * sigmoid(mask)), with the relevance
+    s_k and the first term only where there are semantic queries. g_ek = 1 - (1 - presence)(1 - s_k): a class is taken
+    for absent only if its query and its relevance agree; presence alone loses small objects (docs/DECISIONS.md).
+    w and epsilon are learnable and positive; epsilon is the evidence a pixel must gather before it can be sure.
+    Without it the scores of a mask transformer are no probabilities, and no confidence threshold means anything.
+    """
+
+    def __init__(self, epsilon: float = 0.03, semantic: bool = False):
+        super().__init__()
+        self.semantic = semantic
+        self.log_instance_weight = nn.Parameter(torch.zeros(()))
+        if semantic:
+            self.log_semantic_weight = nn.Parameter(torch.zeros(()))
+        self.log_epsilon = nn.Parameter(torch.tensor(float(epsilon)).log())
+
+    @property
+    def epsilon(self) -> torch.Tensor:
+        return self.log_epsilon.exp()
+
+    def forward(self, class_logits, mask_logits, presence_logits=None, region_logits=None, relevance=None):
+        """
+        Args:
+            class_logits: (..., N, K+1). mask_logits: (..., N, P), at P places.
+            presence_logits: (..., E, K), region_logits: (..., E, K, P), of the semantic queries, or None.
+            relevance: (B, K), B being the last of the leading dimensions; or None, without semantic queries.
+        Returns:
+            evidence (..., K, P).
+        """
+        classes = class_logits.float().softmax(-1)[..., :-1]
+        evidence = torch.einsum("...nk,...np->...kp", classes, mask_logits.float().sigmoid())
+        evidence = self.log_instance_weight.exp() * evidence
+        if region_logits is not None:
+            gate = 1 - (-presence_logits.float()).sigmoid() * (1 - relevance[:, None])  # (..., E, K)
+            weight = self.log_semantic_weight.exp() / gate.shape[-2]
+            evidence = evidence + torch.einsum("...ek,...ekp->...kp", weight * gate, region_logits.float().sigmoid())
+        return evidence if relevance is None else relevance[..., None] * evidence
+
+    def normalize(self, evidence):
+        """(B, K, H, W) evidence -> probabilities; they sum to less than 1 where evidence is thin."""
+        return evidence / (self.epsilon + evidence.sum(dim=1, keepdim=True))
+
+
+class InferenceProtocol:
+    """How a test image is covered, as config section TEST says; `str()` of it states that in results.
+
+    Args:
+        mode: "whole" image or "sliding" window. window, stride: (height, width) in pixels of a sliding window.
+        scales: factors on the image's size; the probabilities at all of them are averaged. flip: and those of the
+            mirrored images.
+        kept_only: give the kept classes alone, not all K. short_side: to which the loader resizes test images; only
+            stated here.
+    Raises:
+        UserError: values that do not go together.
+    """
+
+    @configurable
+    def __init__(self, mode="whole", window=(512, 512), stride=(341, 341), scales=(1.0,), flip=False, kept_only=False,
+                 short_side=0):
+        if mode not in ("whole", "sliding"):
+            raise UserError(f"TEST.MODE: {mode!r} is not one of whole, sliding.")
+        if mode == "sliding" and not all(0 < step <= edge for step, edge in zip(stride, window)):
+            raise UserError(f"TEST.STRIDE: {tuple(stride)} must lie between 1 and TEST.WINDOW, {tuple(window)}, or "
+                            "pixels between the windows are never seen.")
+        if not scales or min(scales) <= 0:
+            raise UserError(f"TEST.SCALES: {tuple(scales)} must be one or more factors above 0.")
+        if kept_only and (mode == "sliding" or flip or len(scales) > 1):
+            raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
+                            "keeps other classes.")
+        self.mode, self.window, self.stride = mode, tuple(window), tuple(stride)
+        self.scales, self.flip, self.kept_only, self.short_side = tuple(scales), flip, kept_only, short_side
+
+    @classmethod
+    def from_config(cls, cfg):
+        test = cfg.TEST
+        return {"mode": test.MODE, "window": test.WINDOW, "stride": test.STRIDE, "scales": test.SCALES,
+                "flip": test.FLIP, "kept_only": test.KEPT_ONLY, "short_side": cfg.INPUT.TEST_SHORT_SIDE}
+
+    def __str__(self):
+        parts = ["whole image"]
+        if self.mode == "sliding":
+            parts = ["sliding window {}x{}, stride {}x{}".format(*self.window, *self.stride)]
+        if self.short_side:
+            parts.append(f"short side {self.short_side}")
+        if self.scales != (1.0,):
+            parts.append("scales " + " ".join(f"{scale:g}" for scale in self.scales))
+        return ", ".join(parts + ["mirrored too"] * self.flip)
+
+    def cover(self, image, size, predict) -> dict:
+        """
+        Args:
+            image: (1, 3, H, W). size: (height, width) of the result. predict: images (1, 3, h, w) -> Probabilities.
+        Returns:
+            {"sem_seg": (K, *size)}; with kept_only (K', *size) and "classes" (K',), which they are.
+        """
+        if self.kept_only:
+            said = predict(self._scaled(image, self.scales[0]))
+            return {"sem_seg": resized(said.kept, size)[0], "classes": said.index[0]}
+        total, views = 0, 0
+        for scale in self.scales:
+            scaled = self._scaled(image, scale)
+            for mirrored in (False, True)[:1 + self.flip]:
+                dense = self._dense(scaled.flip(3) if mirrored else scaled, predict)
+                total = total + resized(dense.flip(3) if mirrored else dense, size)
+                views += 1
+        return {"sem_seg": total[0] / views}
+
+    def _dense(self, image, predict):
+        """(1, K, H, W) of one view."""
+        if self.mode == "whole":
+            return predict(image).dense()
+        return sliding_window(image, lambda part: predict(part).dense(), self.window, self.stride)
+
+    @staticmethod
+    def _scaled(image, scale):
+        size = [max(1, round(edge * scale)) for edge in image.shape[2:]]
+        return resized(image, size, antialias=scale < 1)
+
+
+def full_size(maps: torch.Tensor, size) -> torch.Tensor:
+    """Maps at a quarter of the padded images' size, (B, C, h, w) -> (B, C, *size) of the images, without padding."""
+    maps = F.interpolate(maps, scale_factor=4, mode="bilinear", align_corners=False)
+    return maps[..., :size[0], :size[1]]
+
+
+def resized(maps, size, antialias=False):
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    if tuple(size) == tuple(maps.shape[2:]):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Pad (B, 3, H, W) at the right and bottom with zeros to multiples of `divisor`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % divisor, 0, -height % divisor))
+
+
+def sliding_window(images, predict, window, stride):
+    """Average `predict` over overlapping windows.
+
+    Args:
+        images: (B, 3, H, W). predict: (B, 3, h, w) -> (B, K, h, w). window, stride: (h, w) in pixels; an image
+        smaller than the window is one window.
+    """
+    height, width = images.shape[-2:]
+    total = count = None
+    for top in _starts(height, window[0], stride[0]):
+        for left in _starts(width, window[1], stride[1]):
+            area = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            part = predict(images[area])
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height, width)
+                count = part.new_zeros(height, width)
+            total[area] += part
+            count[area] += 1
+    return total / count
+
+
+def _starts(length, window, stride):
+    """Window starts that cover `length`; the last window ends at the border."""
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]

@@ -1,0 +1,137 @@
+"""Pixel decoder: multi-scale deformable attention over res3..res5, then one FPN step to stride 4.
+
+Mask2Former (arXiv 2112.01527, section 3.2.2), with the same state-dict names. Inputs: the backbone's
+res2..res5. Outputs: memory F1, F2, F3 at strides 32, 16, 8, each (B, conv_dim, h, w), and mask features M
+(B, mask_dim, H/4, W/4).
+"""
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec
+from torch import nn
+
+from .layers import Attention
+from ..ops import MSDeformAttn
+from .position import sine_position
+
+_LEVELS = ("res5", "res4", "res3")  # coarse to fine, the order in which the decoder visits them
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward network, normalised after each; with `text_dim`, pixels also look
+    at the names of the kept classes, through a gate that starts near zero."""
+
+    def __init__(self, dim: int, feedforward_dim: int, num_levels: int, num_heads: int, num_points: int,
+                 text_dim: int = 0):
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        if text_dim:
+            self.text_proj, self.text_attn = nn.Linear(text_dim, dim), Attention(dim, num_heads)
+            self.text_gate = nn.Parameter(torch.full((dim,), 0.01))
+
+    def forward(self, x, position, reference, shapes, starts, text=None):
+        """x, position (B, S, C); reference (1, S, L, 2) in [0, 1]; text (B, K', Dt) or None; returns (B, S, C)."""
+        x = self.norm1(x + self.self_attn(x + position, reference, x, shapes, starts))
+        if text is not None:
+            names = self.text_proj(text)
+            x = x + self.text_gate * self.text_attn(x, names, names)
+        hidden = self.linear1(x)
+        # In place saves a pass at inference; of a view, which this is, its gradient would cost five.
+        return self.norm2(x + self.linear2(F.relu(hidden, inplace=not hidden.requires_grad)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, num_layers: int, *layer):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
+
+
+class Transformer(nn.Module):
+    """The encoder and the embedding that tells its levels apart (named as in Mask2Former's checkpoints)."""
+
+    def __init__(self, num_layers: int, dim: int, feedforward_dim: int, num_heads: int, num_points: int,
+                 text_dim: int):
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(len(_LEVELS), dim))
+        self.encoder = Encoder(num_layers, dim, feedforward_dim, len(_LEVELS), num_heads, num_points, text_dim)
+        for parameter in self.encoder.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.encoder.layers:
+            layer.self_attn.reset_parameters()
+
+    def forward(self, levels, text=None):
+        """levels: list of (B, C, h, w), coarse to fine; text (B, K', Dt) or None. Returns the same list, attended."""
+        shapes = [(x.shape[2], x.shape[3]) for x in levels]
+        sizes = [h * w for h, w in shapes]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
+        position = torch.cat([sine_position(h, w, x.shape[2], x.device).flatten(1).t() + embed
+                              for (h, w), embed in zip(shapes, self.level_embed)])[None]  # (1, S, C)
+        reference = _reference_points(shapes, x.device)
+        for layer in self.encoder.layers:
+            x = layer(x, position, reference, shapes, starts, text)
+        # (B, S, C) -> per level (B, C, h, w), channels last also for one image: no copy before the convolutions
+        return [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(x.split(sizes, dim=1), shapes)]
+
+
+class PixelDecoder(nn.Module):
+    """See the module's docstring."""
+
+    @configurable
+    def __init__(self, input_shape: dict[str, ShapeSpec], *, conv_dim: int, mask_dim: int, num_layers: int,
+                 num_heads: int, num_points: int, feedforward_dim: int, text_dim: int = 0):
+        """
+        Args:
+            input_shape: the backbone's `output_shape()`.
+            conv_dim: width of the memory. mask_dim: width of the mask features.
+            num_layers, num_heads, num_points, feedforward_dim: of the deformable encoder.
+            text_dim: width of the names that its layers look at; 0: they do not.
+        """
+        super().__init__()
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(input_shape[name].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
+            for name in _LEVELS)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        self.transformer = Transformer(num_layers, conv_dim, feedforward_dim, num_heads, num_points, text_dim)
+        self.text_aware = text_dim > 0
+        self.adapter_1 = Conv2d(input_shape["res2"].channels, conv_dim, 1, bias=False,
+                                norm=nn.GroupNorm(32, conv_dim))
+        self.layer_1 = Conv2d(conv_dim, conv_dim, 3, padding=1, bias=False, norm=nn.GroupNorm(32, conv_dim),
+                              activation=F.relu)
+        self.mask_features = nn.Conv2d(conv_dim, mask_dim, 1)
+        for conv in (self.adapter_1, self.layer_1, self.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape, text_dim=0):
+        options = cfg.MODEL.PIXEL_DECODER
+        return {"input_shape": input_shape, "conv_dim": options.CONV_DIM, "mask_dim": options.MASK_DIM,
+                "num_layers": options.ENC_LAYERS, "num_heads": options.NUM_HEADS,
+                "num_points": options.NUM_POINTS, "feedforward_dim": options.FEEDFORWARD_DIM,
+                "text_dim": text_dim if options.TEXT_AWARE else 0}
+
+    def forward(self, features, text=None):
+        """dict res2..res5, names of the kept classes (B, K', Dt) -> (memory: [F1, F2, F3], mask features)."""
+        memory = self.transformer([project(features[name]) for project, name in zip(self.input_proj, _LEVELS)],
+                                  text if self.text_aware else None)
+        lateral = self.adapter_1(features["res2"])
+        top_down = F.interpolate(memory[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return memory, self.mask_features(self.layer_1(lateral + top_down))
+
+
+def _reference_points(shapes, device):
+    """Every token's own centre, seen from every level: (1, S, L, 2) as (x, y) in [0, 1]."""
+    points = []
+    for h, w in shapes:
+        y = (torch.arange(h, device=device) + 0.5) / h
+        x = (torch.arange(w, device=device) + 0.5) / w
+        points.append(torch.cartesian_prod(y, x).flip(1))  # (h*w, 2) as (x, y)
+    return torch.cat(points)[None, :, None, :].expand(-1, -1, len(shapes), -1)

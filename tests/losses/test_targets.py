@@ -1,0 +1,45 @@
+"""Label maps cut into segments, and the same in terms of kept classes."""
+import torch
+
+from hiervl.losses.targets import build_targets
+
+
+def test_targets_among_kept_names():
+    """Of six names the first four are classes; 3 is unknown, 4 and 5 are distractors: absent for certain."""
+    sem_seg = torch.zeros(1, 4, 4, dtype=torch.long)
+    sem_seg[0, 0] = 2
+    targets = build_targets(sem_seg, torch.ones(1, 4, 4), 4, unknown=torch.tensor([[False, False, False, True]]))
+    kept = targets.among(torch.tensor([[5, 2, 3, 0]]), 6)
+    assert kept.sem_seg[0, 0].unique().item() == 1 and kept.sem_seg[0, 1:].unique().item() == 3
+    assert kept.present.tolist() == [[False, True, False, True]]
+    assert kept.absent.tolist() == [[True, False, False, False]]
+    assert kept.labels[0].tolist() == [3, 1]
+    assert (kept.segments == targets.segments).all()
+
+
+def test_components():
+    sem_seg = torch.zeros(1, 32, 32, dtype=torch.long)
+    sem_seg[0, 2:10, 2:10] = 1
+    sem_seg[0, 20:30, 20:30] = 1
+    sem_seg[0, 15, 15] = 1  # smaller than min_area
+    targets = build_targets(sem_seg, torch.ones(1, 32, 32), 2, segments="components", min_area=9)
+    assert targets.labels[0].tolist() == [0, 1, 1]
+    assert targets.segments[0, 15, 15] == -1
+    assert targets.segments[0, 5, 5] != targets.segments[0, 25, 25]
+    whole = build_targets(sem_seg, torch.ones(1, 32, 32), 2)
+    assert whole.labels[0].tolist() == [0, 1]
+
+
+def test_instances():
+    """Things are single objects, stuff a region, and a thing's pixel without a number is unknown."""
+    sem_seg = torch.zeros(1, 8, 8, dtype=torch.long)  # class 0 is stuff, 1 and 2 are things
+    sem_seg[0, :2, :4], sem_seg[0, 4:, 4:], sem_seg[0, 7, 0] = 1, 2, 1
+    numbers = torch.zeros_like(sem_seg)
+    numbers[0, :2, :2], numbers[0, :2, 2:4], numbers[0, 4:, 4:] = 1, 2, 2  # 2 is used for two classes
+    targets = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2))
+    assert targets.labels[0].tolist() == [0, 2, 1, 1]  # largest first
+    assert targets.segments[0, 0].tolist() == [2, 2, 3, 3, 0, 0, 0, 0]
+    assert targets.segments[0, 7, 0] == -1 and (targets.segments[0, 4:, 4:] == 1).all()
+    few = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2),
+                        max_segments=1)
+    assert few.labels[0].tolist() == [0] and (few.segments[0, 4:, 4:] == -1).all()

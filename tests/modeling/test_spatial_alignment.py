@@ -1,0 +1,129 @@
+"""CMSAM: cosines per class and scale, flows behind gates, and upsampling that keeps to edges."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hiervl.modeling.query_generator import KeptClasses
+from hiervl.modeling.spatial_alignment import SpatialAlignment, guided_upsample
+
+B, K, D, CM = 2, 3, 8, 4
+
+
+def make_kept(queries=None):
+    queries = torch.randn(B, 3, K, D) if queries is None else queries
+    return KeptClasses(torch.arange(K).expand(B, -1), torch.full((B, K), 0.5), torch.randn(B, K, 16), queries,
+                       None, None, None)
+
+
+def make_memory():
+    return [torch.randn(B, D, side, side) for side in (2, 4, 8)]
+
+
+def test_maps_are_cosines_of_query_and_pixel():
+    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
+    aligned = module(kept, memory, torch.randn(B, CM, 16, 16))
+    for e, scale in enumerate(module.scales):
+        query = F.normalize(scale.query(kept.queries[:, e]), dim=-1)  # (B, K, D)
+        pixel = F.normalize(scale.pixel(memory[e]), dim=1)
+        torch.testing.assert_close(aligned.maps[e], torch.einsum("bkd,bdhw->bkhw", query, pixel))
+    assert aligned.scores.shape == (B, K, 16, 16) and aligned.scores.abs().max() <= 1 + 1e-5
+
+
+def test_permuting_the_classes_permutes_everything():
+    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
+    features, order = torch.randn(B, CM, 16, 16), torch.tensor([2, 0, 1])
+    first, second = module(kept, memory, features), module(make_kept(kept.queries[:, :, order]), memory, features)
+    torch.testing.assert_close(first.scores[:, order], second.scores)
+    torch.testing.assert_close(first.queries[:, :, order], second.queries)
+    for a, b in zip(first.memory, second.memory):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_flows_queries_and_memory_pass_through():
+    kept, memory = make_kept(), make_memory()
+    aligned = SpatialAlignment(dim=D, memory_dim=D, flows=False)(kept, memory, torch.randn(B, CM, 16, 16))
+    assert torch.equal(aligned.queries, kept.queries)
+    assert all(torch.equal(a, b) for a, b in zip(aligned.memory, memory))
+
+
+def test_flows_start_small_and_carry_gradients_both_ways():
+    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
+    kept.queries.requires_grad_()
+    memory = [x.requires_grad_() for x in memory]
+    aligned = module(kept, memory, torch.randn(B, CM, 16, 16))
+    assert (aligned.queries - kept.queries).abs().mean() < 0.1 * kept.queries.abs().mean()
+    for a, b in zip(aligned.memory, memory):
+        assert 0 < (a - b).abs().mean() < 0.1 * b.abs().mean()
+    grads = torch.autograd.grad(sum(x.square().sum() for x in aligned.memory), [kept.queries], retain_graph=True)
+    assert (grads[0] != 0).any()  # names reach the pixels
+    grads = torch.autograd.grad(aligned.queries.square().sum(), memory)
+    assert all((grad != 0).any() for grad in grads)  # pixels reach the names
+
+
+def test_queries_gather_nothing_from_padding():
+    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
+    inside = torch.ones(B, 16, 16, dtype=torch.bool)
+    inside[:, :, 8:] = False
+    features = torch.randn(B, CM, 16, 16)
+    changed = [torch.cat((x[..., :x.shape[3] // 2], torch.randn_like(x[..., x.shape[3] // 2:])), 3) for x in memory]
+    torch.testing.assert_close(module(kept, memory, features, inside).queries,
+                               module(kept, changed, features, inside).queries)
+
+
+def test_upsampling_with_an_even_guide_is_bilinear():
+    maps = torch.randn(B, K, 5, 7)
+    torch.testing.assert_close(guided_upsample(maps, torch.ones(B, CM, 10, 14)),
+                               F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False))
+
+
+def brute_force(maps, guide, temperature=0.1):
+    """Position by position: four neighbours, bilinear weight times exp(cosine / temperature)."""
+    height, width = maps.shape[-2:]
+    fine = F.normalize(guide, dim=1)
+    coarse = F.normalize(F.avg_pool2d(fine, 2), dim=1)
+    result = maps.new_zeros(*maps.shape[:2], 2 * height, 2 * width)
+    for b in range(len(maps)):
+        for y in range(2 * height):
+            for x in range(2 * width):
+                total, norm = 0, 0
+                for row, wy in ((y // 2, 0.75), (y // 2 + (1 if y % 2 else -1), 0.25)):
+                    for column, wx in ((x // 2, 0.75), (x // 2 + (1 if x % 2 else -1), 0.25)):
+                        r, c = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+                        weight = wy * wx * torch.exp(fine[b, :, y, x] @ coarse[b, :, r, c] / temperature)
+                        total, norm = total + weight * maps[b, :, r, c], norm + weight
+                result[b, :, y, x] = total / norm
+    return result
+
+
+def test_upsampling_equals_brute_force():
+    maps, guide = torch.randn(1, K, 3, 4), torch.randn(1, CM, 6, 8)
+    torch.testing.assert_close(guided_upsample(maps, guide), brute_force(maps, guide))
+
+
+def test_upsampling_keeps_to_an_edge_where_bilinear_blurs_it():
+    """A class that fills the columns left of an edge inside a coarse cell's neighbour."""
+    guide = torch.zeros(1, 2, 8, 8)
+    guide[:, 0, :, :4], guide[:, 1, :, 4:] = 1, 1
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[..., :2] = 1
+    truth = guide[:, :1]
+    guided = (guided_upsample(maps, guide) - truth).abs().max()
+    bilinear = (F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False) - truth).abs().max()
+    assert guided < 0.01 < bilinear
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_guide_gets_no_gradient(guided):
+    module, features = SpatialAlignment(dim=D, memory_dim=D, guided=guided), torch.randn(B, CM, 16, 16)
+    module(make_kept(), make_memory(), features.requires_grad_()).scores.sum().backward()
+    assert features.grad is None
+
+
+def test_of_several_texts_the_best_counts_at_each_pixel():
+    module, memory, features = SpatialAlignment(dim=D, memory_dim=D), make_memory(), torch.randn(B, CM, 16, 16)
+    first, second = make_kept(), make_kept()
+    both = make_kept(first.queries)
+    both.variants = torch.stack((first.queries, second.queries), dim=3)  # (B, E, K, 2, D)
+    maps = [module(kept, memory, features).maps for kept in (first, second, both)]
+    for one, other, best in zip(*maps):
+        torch.testing.assert_close(best, torch.maximum(one, other))
