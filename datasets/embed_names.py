@@ -11,10 +11,17 @@ or `name<TAB>text` where the words to embed are not the class's own name ("sign 
 """
 
 import argparse
+import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hiervl.errors import UserError
+from hiervl.ownership import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "hiervl" / "data" / "tables"
@@ -37,6 +44,8 @@ def main(argv=None) -> None:
     templates = args.template or ["a photo of a {}"]
     if any("{}" not in template for template in templates):
         parser.error("--template has no {} for the name")
+    out = args.out if args.out.endswith(".npz") else f"{args.out}.npz"  # as np.savez calls it
+    folder = claim(out, [args.names, args.pretrained])
     names, texts = read_table(args.table) if args.table else read_names(args.names)
     if args.tower:
         embeddings = embed_with_tower(args.tower, args.pretrained, templates, texts)
@@ -44,20 +53,39 @@ def main(argv=None) -> None:
     else:
         embeddings = normalized(sum(embed(args.model, [t.format(text) for text in texts]) for t in templates))
         model_name = args.model_name or Path(args.model).name
+    folder.add([out])
     np.savez(
-        args.out,
+        out,
         names=np.array(names),
         texts=np.array(texts),
         embeddings=embeddings.astype(np.float16),
         model=np.array(model_name),
         template=np.array(" | ".join(templates)),
     )
-    print(f"{args.out}: {len(names)} names")
+    print(f"{out}: {len(names)} names")
+
+
+def claim(out: str, sources: list) -> OutputFolder:
+    """The folder of the file to write; ends the run if that is a source, or there and of another hand."""
+    try:
+        folder = OutputFolder(os.path.dirname(out) or ".", "--out", ours=is_ours(out))
+        folder.check([out], filter(None, sources))
+        return folder
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file holds what this tool writes; earlier versions kept no record of it."""
+    try:
+        with np.load(path) as content:
+            return {"names", "texts", "embeddings", "model", "template"} <= set(content)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def embed_with_tower(model: str, pretrained: str, templates: list[str], texts: list[str]) -> np.ndarray:
     """Unit vectors (texts, width), means over the templates."""
-    from hiervl.errors import UserError
     from hiervl.modeling.text import TextTower
 
     try:

@@ -7,7 +7,7 @@
 classes.txt has one class name per line, in the order of the ids. A mask is a PNG with its image's name: 8 bits per
 pixel whose values are class ids (255 is ignored), or, with --palette, colours; palette.txt has lines "R G B name",
 where the name is a class or "ignore". Images without a mask, and those of --unlabeled, are unlabelled. Images stay
-where they are.
+where they are. Nothing is written onto a file to read, nor onto one that this tool did not make.
 
     <root>/dataset.yaml  train.txt  val.txt  masks/  splits/all/{labeled,unlabeled}.txt   what is made
 

@@ -9,12 +9,14 @@ MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier), neve
 """
 import argparse
 import collections
+import os
 import sys
 
 import torch
 from hiervl.checkpoint import atomic_write, read_state
 from hiervl.config import load_config
 from hiervl.errors import UserError, exit_status
+from hiervl.ownership import OutputFolder
 from hiervl.pickled_arrays import is_array, read_pickled_arrays
 
 PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
@@ -103,6 +105,8 @@ def parse_args(argv=None):
 
 
 def run(args):
+    folder = OutputFolder(os.path.dirname(args.output) or ".", "OUTPUT, the second argument")
+    folder.check([args.output], [args.input, args.config_file])
     result, no_place = convert(read_weights(args.input), args.input)
     left_out, absent = {"without a place in HierVL": no_place}, []
     if args.config_file:
@@ -114,6 +118,7 @@ def run(args):
     elif not args.keep_classifier:
         left_out["class head"] = [name for name in result if name.startswith(CLASS_HEAD)]
         result = {name: value for name, value in result.items() if not name.startswith(CLASS_HEAD)}
+    folder.add([args.output])
     with atomic_write(args.output) as file:
         torch.save({"model": result}, file)
     report(args.output, result, left_out, absent)

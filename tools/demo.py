@@ -4,8 +4,12 @@
         --opts MODEL.WEIGHTS output/camvid_23/model_final.pth
 
 For every image NAME, writes out/NAME.jpg (overlay with class names) and out/NAME_labels.png (the class index of
-each pixel, 255 where the network is less sure than --confidence).
+each pixel, 255 where the network is less sure than --confidence). Only images of the same name get longer ones: x.jpg
+and x.png become x_jpg and x_png, a/x.jpg and b/x.jpg become a_x_jpg and b_x_jpg; what is still the same is numbered.
+
+Never writes onto an image of --input, nor onto a file that it did not make (out/.hiervl-made lists those it made).
 """
+import collections
 import colorsys
 import glob
 import os
@@ -20,6 +24,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from hiervl.data.images import read_image
 from hiervl.data.mapper import TestMapper
 from hiervl.errors import UserError, exit_status
+from hiervl.ownership import OutputFolder
 from hiervl.modeling.text.word_lists import read_classes
 from tools.analysis import trained
 
@@ -86,6 +91,32 @@ def expand(patterns: list) -> list:
     return files
 
 
+def targets(files: list, folder: str) -> dict:
+    """{file: (overlay, label map)}, what is written for each; a file that is named twice counts once."""
+    files = list({os.path.abspath(path): path for path in files}.values())
+    stems = {path: os.path.splitext(os.path.basename(path))[0] for path in files}
+    for longer in (_with_extension, _with_folder):
+        count = collections.Counter(stem.casefold() for stem in stems.values())
+        stems = {path: longer(path, stem) if count[stem.casefold()] > 1 else stem for path, stem in stems.items()}
+    taken, names = set(), {}
+    for path, stem in stems.items():
+        numbered, number = stem, 1
+        while numbered.casefold() in taken:
+            number += 1
+            numbered = f"{stem}_{number}"
+        taken.add(numbered.casefold())
+        names[path] = os.path.join(folder, numbered)
+    return {path: (f"{name}.jpg", f"{name}_labels.png") for path, name in names.items()}
+
+
+def _with_extension(path: str, stem: str) -> str:
+    return f"{stem}_{os.path.splitext(path)[1][1:]}"
+
+
+def _with_folder(path: str, stem: str) -> str:
+    return f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}_{stem}"
+
+
 def parse_args(argv=None):
     parser = trained.parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="image files or patterns")
@@ -96,17 +127,18 @@ def parse_args(argv=None):
 
 
 def run(args):
-    cfg = trained.read_config(args.config_file, args.opts)
     files = expand(args.input)
+    made, folder = targets(files, args.output), OutputFolder(args.output, "--output")
+    folder.check([path for pair in made.values() for path in pair], [*files, args.config_file, args.classes])
+    cfg = trained.read_config(args.config_file, args.opts)
     segment = Segmenter(cfg, args.model, read_classes(args.classes) if args.classes else None)
-    os.makedirs(args.output, exist_ok=True)
-    for path in tqdm.tqdm(files, disable=len(files) == 1):
+    for path, (overlay, labels) in tqdm.tqdm(made.items(), disable=len(made) == 1):
         image, probability = segment(path)
         label = segment.labels(probability, args.confidence)
-        stem = os.path.join(args.output, os.path.splitext(os.path.basename(path))[0])
-        write(f"{stem}_labels.png", label)
-        write(f"{stem}.jpg", segment.overlay(image, label)[:, :, ::-1])
-    print(f"{len(files)} overlays and label maps in {args.output}")
+        folder.add((overlay, labels))
+        write(labels, label)
+        write(overlay, segment.overlay(image, label)[:, :, ::-1])
+    print(f"{len(made)} overlays and label maps in {args.output}")
 
 
 def main(argv=None) -> int:

@@ -242,7 +242,7 @@ def read_manifest(root: str) -> dict | None:
             manifest = json.load(file)
         return {key: manifest[key] for key in ("parameters", "digest")}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a manifest of shapes; remove the folder {root}") from None
+        raise UserError(f"{path} is not a manifest of shapes; choose another folder") from None
 
 
 def digest(root: str) -> str:
@@ -264,6 +264,9 @@ def _clear(root: str, manifest: dict | None) -> None:
     """Removes an earlier data set; refuses to touch anything that the generator has not made."""
     if manifest is None and os.path.isdir(root) and os.listdir(root):
         raise UserError(f"{root} is not empty and has no {_MANIFEST} of shapes; choose another folder")
+    if manifest and manifest["digest"] and digest(root) != manifest["digest"]:
+        raise UserError(f"{root} was changed since it was written, and would be written anew; move what is yours and "
+                        "remove it, or choose another folder")
     for name in _FOLDERS:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 

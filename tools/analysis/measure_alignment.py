@@ -77,6 +77,7 @@ def run(args):
     cfg = trained.read_config(args.config_file, args.opts)
     if not cfg.MODEL.CMSAM.ENABLED:
         raise UserError("MODEL.CMSAM.ENABLED must be True: its alignment maps are what is measured.")
+    trained.output_folder(args, cfg, "alignment.json")
     network = trained.load(cfg, args.model)
     samples, table = trained.samples(cfg)
     rows = measure(network, samples, table.ignore_label)

@@ -257,6 +257,7 @@ def build(args) -> tuple:
     if protocol != "whole image":
         raise UserError(f"TEST says: {protocol}; which names are kept is a question to whole images, one view of each: "
                         "set TEST.MODE to whole, TEST.SCALES to (1.0,), TEST.FLIP to False, INPUT.TEST_SHORT_SIDE 0.")
+    trained.output_folder(args, cfg, "language.json")
     network = trained.load(cfg, args.model)
     seen = network.text.distractors()[0]
     taken = {word.casefold() for word in (*seen, *network.class_names)}

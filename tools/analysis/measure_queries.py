@@ -117,6 +117,7 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
 
 def run(args):
     cfg = trained.read_config(args.config_file, args.opts)
+    trained.output_folder(args, cfg, "queries.json")
     network = trained.load(cfg, args.model)
     samples, data = trained.samples(cfg)
     table = measure(network, samples, data.first_instance, args.overlap).table()

@@ -28,11 +28,11 @@ def make_annotations(root: Path, images: int) -> None:
     """Photos of one grey and outlines of random objects, in COCO's layout; one image to validate on."""
     random = np.random.default_rng(0)
     categories = [{"id": i, "name": name} for i, name in enumerate(table_of("coco_train").classes[1:], 1)]
-    for part, count in (("train2017", images), ("val2017", 1)):
+    for part, ids in (("train2017", range(images)), ("val2017", range(images, images + 1))):
         (root / part).mkdir(parents=True)
         photo = cv2.imencode(".jpg", np.full((HEIGHT, WIDTH, 3), 128, np.uint8))[1].tobytes()
         listed, annotations = [], []
-        for i in range(count):
+        for i in ids:
             name = f"{i:012d}.jpg"
             (root / part / name).write_bytes(photo)
             listed.append({"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH})

@@ -4,7 +4,7 @@ Generates the data set `shapes`, trains the same network twice at equal student 
 labelled and unlabelled), compares both on held-out images, and draws overlays. Writes output/demo/result.json.
 """
 import argparse
-import glob
+import contextlib
 import json
 import os
 import subprocess
@@ -20,8 +20,10 @@ from hiervl.checkpoint import atomic_write
 from hiervl.data import shapes
 from hiervl.data.datasets import data_root, table_of
 from hiervl.data.images import read_label
+from hiervl.errors import exit_status
+from hiervl.ownership import OutputFolder
 from tools.analysis import trained
-from tools.demo import Segmenter, write
+from tools.demo import Segmenter, targets, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,8 +36,9 @@ class Run:
     def __init__(self, title, config, output, threads, overrides):
         self.title, self.config, self.output = title, config, output
         os.makedirs(output, exist_ok=True)
-        for old in glob.glob(os.path.join(output, "*.json")):
-            os.remove(old)
+        for old in ("metrics.json", "results.json"):  # of an earlier run; they would be read as this one's
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(output, old))
         self.log = open(os.path.join(output, "console.log"), "w")
         command = [sys.executable, "-W", "ignore", str(ROOT / "train_net.py"), "--config-file", config,
                    "OUTPUT_DIR", output, *overrides]
@@ -121,18 +124,36 @@ def _framed(part, scale=2.5, border=4):
     return np.pad(large, ((0, border), (0, border), (0, 0)), constant_values=255)
 
 
-def main():
+def claim(output):
+    """Make the files and folders of an earlier demo ours to overwrite. Raises UserError where others have that name."""
+    folders = [os.path.join(output, _folder(config)) for config in RUNS.values()]
+    # Only this tool makes a console.log, so a folder without a record and with one is of an earlier version.
+    folder = OutputFolder(output, "--output", any(os.path.exists(f"{path}/console.log") for path in folders))
+    paths = [*folders, *(os.path.join(output, name) for name in ("result.json", "comparison.png", "overlays"))]
+    folder.check(paths)
+    folder.add(paths)
+
+
+def _folder(config):
+    return os.path.splitext(os.path.basename(config))[0]
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for everything (%(default)s)")
     parser.add_argument("--iterations", type=int, default=1200, help="student iterations of both runs (%(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def run(args):
     os.chdir(ROOT)
+    claim(args.output)
     started = time.time()
     root = os.path.join(data_root(), "shapes")
     print(f"Images: {root}")
     shapes.generate(root)
     threads = max(1, (os.cpu_count() or 2) // 2)
-    runs = [Run(title, config, os.path.join(args.output, os.path.splitext(os.path.basename(config))[0]), threads,
+    runs = [Run(title, config, os.path.join(args.output, _folder(config)), threads,
                 ["SOLVER.MAX_ITER", str(args.iterations)]) for title, config in RUNS.items()]
     try:
         follow(runs, args.iterations, started)
@@ -144,6 +165,7 @@ def main():
     images = [os.path.join(root, "images", "val", f"{i:05d}.png") for i in range(8)]
     picture(runs, root, images, os.path.join(args.output, "comparison.png"))
     overlays = os.path.join(args.output, "overlays")
+    OutputFolder(overlays, "--output").add(path for pair in targets(images, overlays).values() for path in pair)
     subprocess.run([sys.executable, "-W", "ignore", "tools/demo.py", "--config-file", runs[1].config,
                     "--input", *images, "--output", overlays, "--opts", "MODEL.WEIGHTS", weights], check=True)
     print(f"All in {time.time() - started:.0f} s. Result: {args.output}/result.json; pictures: {overlays} and\n"
@@ -152,5 +174,9 @@ def main():
           f"SOLVER.MAX_ITER {4 * args.iterations}")
 
 
+def main(argv=None) -> int:
+    return exit_status(run, parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

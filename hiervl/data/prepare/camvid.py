@@ -25,15 +25,17 @@ def make_plan(args: argparse.Namespace) -> Plan:
     table = table_of("camvid_train")
     suffix = ".png" if args.png else ".jpg"
     pairs = {part: _pairs(args.source, args.root, folder, suffix) for part, folder in _PARTS.items()}
-    problems = []
-    if not args.check:
-        everything = [pair for of_part in pairs.values() for pair in of_part]
-        work = functools.partial(_write_image, png=args.png)
-        problems = [p for p in parallel(work, everything, args.workers, "images") if p]
+    everything = [pair for of_part in pairs.values() for pair in of_part]
+    lists = [os.path.join(args.source, f"{folder}.txt") for folder in _PARTS.values()]
     parts = {part: [job for _, job in of_part] for part, of_part in pairs.items()}
     classes = len(table.classes)
     remap = {**{i: i for i in range(classes)}, classes: table.ignore_label}
-    return Plan(table, args.root, parts, Remap(remap, "the ids 0 to 11 of CamVid"), tuple(problems))
+    return Plan(
+        table, args.root, parts, Remap(remap, "the ids 0 to 11 of CamVid"),
+        before=functools.partial(_write_images, everything, args),
+        sources=(*lists, *(image for image, _ in everything)),
+        made=tuple(job.image for _, job in everything if not os.path.exists(job.image)),
+    )
 
 
 def _pairs(source: str, root: str, folder: str, suffix: str) -> list[tuple[str, Job]]:
@@ -52,6 +54,11 @@ def _pairs(source: str, root: str, folder: str, suffix: str) -> list[tuple[str, 
                 os.path.join(source, f"{folder}annot", mask)),
         ))
     return pairs
+
+
+def _write_images(pairs: list[tuple[str, Job]], args: argparse.Namespace) -> list[str]:
+    work = functools.partial(_write_image, png=args.png)
+    return [problem for problem in parallel(work, pairs, args.workers, "images") if problem]
 
 
 def _write_image(pair: tuple[str, Job], png: bool) -> str:

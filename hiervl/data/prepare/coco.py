@@ -27,8 +27,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         parts[part] = with_instances(jobs, table) if args.instances else jobs
     if args.masks and args.instances:
         raise UserError("--masks and --instances: an archive of masks has no instances; leave one of the two out")
-    make = ReadyMade(args.masks) if args.masks else CocoMasks(files, table.classes, table.ignore_label)
-    return Plan(table, args.root, parts, make)
+    sources = tuple(file.path for file in files)
+    if not args.masks:
+        return Plan(table, args.root, parts, CocoMasks(files, table.classes, table.ignore_label), sources=sources)
+    make = ReadyMade(args.masks)
+    sources += tuple(path for jobs in parts.values() for job in jobs if (path := make.find(job)))
+    return Plan(table, args.root, parts, make, sources=sources, elsewhere="--masks or --root", in_place=True)
 
 
 def _job(root: str, folder: str, number: int, image_id: int, name: str) -> Job:
@@ -43,9 +47,13 @@ class ReadyMade:
         self._folder = need_folder(folder, "--masks names the unpacked archive of ready-made masks")
 
     def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
-        name = os.path.basename(job.mask)
-        for folder in ("", *_PARTS.values()):
-            path = os.path.join(self._folder, folder, name)
-            if os.path.exists(path):
-                return read_label(path), None
-        raise UserError(f"{os.path.join(self._folder, name)} does not exist; the archive is not complete")
+        path = self.find(job)
+        if not path:
+            name = os.path.join(self._folder, os.path.basename(job.mask))
+            raise UserError(f"{name} does not exist; the archive is not complete")
+        return read_label(path), None
+
+    def find(self, job: Job) -> str:
+        """The archive's mask, "" if it has none."""
+        paths = (os.path.join(self._folder, folder, os.path.basename(job.mask)) for folder in ("", *_PARTS.values()))
+        return next((path for path in paths if os.path.exists(path)), "")

@@ -12,6 +12,7 @@ from ..datasets import DatasetTable, data_root
 from .files import list_line, palette_of, read_lines, remove_partial, write_lines
 from .masks import Job, Maker, MaskTask
 from .parallel import cores, parallel
+from .protect import protect
 from .report import PartReport, describe
 
 
@@ -25,6 +26,14 @@ class Plan:
         parts: part name -> jobs, in the order of the list.
         make: makes a mask.
         problems: what was already found wrong while planning, such as a mask without an image.
+        before: writes what the masks need, such as images, and returns what is wrong with it.
+        sources: files that are read, besides images and masks' sources.
+        made: files that are written into the root, besides masks, instance maps and lists.
+        elsewhere: the options that lead to another folder.
+        keep: a mask that another hand put where ours would be is kept where it is right (the official layouts);
+            otherwise it is refused.
+        in_place: a mask may be its own source, and is kept where it is right.
+        ours: an earlier version, which kept no record, prepared the root.
     """
 
     table: DatasetTable
@@ -32,6 +41,25 @@ class Plan:
     parts: dict[str, list[Job]]
     make: Maker
     problems: tuple[str, ...] = ()
+    before: Callable[[], list[str]] = list
+    sources: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
+    elsewhere: str = "--root"
+    keep: bool = True
+    in_place: bool = False
+    ours: bool = False
+
+    def task(self, check: bool) -> MaskTask:
+        table = self.table
+        palette = palette_of(table.colors, table.ignore_label)
+        return MaskTask(self.make, len(table.classes), table.ignore_label, palette, check)
+
+    def list_of(self, part: str) -> str:
+        return os.path.join(self.root, self.table.parts[part]["list"])
+
+    def line(self, job: Job) -> str:
+        """What a list says of a job."""
+        return list_line(relative(job.image, self.root), job.mask and relative(job.mask, self.root))
 
 
 def parser(doc: str, folder: str | None) -> argparse.ArgumentParser:
@@ -58,9 +86,14 @@ def run(make_plan: Callable[[argparse.Namespace], Plan], args: argparse.Namespac
     """
     try:
         plan = make_plan(args)
+        if args.check:
+            return execute(plan, args)
+        folder = protect(plan, args.workers)
+        plan = replace(plan, problems=(*plan.problems, *plan.before()))
         status = execute(plan, args)
-        if finish is not None and not args.check:
+        if finish is not None:
             print(finish(plan))
+        folder.settle()
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,14 +128,13 @@ def _do_part(plan: Plan, part: str, args: argparse.Namespace) -> PartReport:
     jobs, table = plan.parts[part], plan.table
     expected = None if args.partial else table.parts[part].get("images")
     report = PartReport(part, expected, args.workers)
-    task = MaskTask(plan.make, len(table.classes), table.ignore_label, palette_of(table.colors, table.ignore_label),
-                    args.check)
+    task = plan.task(args.check)
     lines, start = [], time.perf_counter()
     try:
         for job, outcome in zip(jobs, parallel(task, jobs, args.workers, part)):
             report.add(job, outcome)
             if not outcome.problem:
-                lines.append(list_line(relative(job.image, plan.root), job.mask and relative(job.mask, plan.root)))
+                lines.append(plan.line(job))
     except BaseException:
         for job in jobs:  # what other workers were writing when one of them, or the user, stopped them all
             for path in filter(None, (job.mask, job.instances)):
@@ -112,7 +144,7 @@ def _do_part(plan: Plan, part: str, args: argparse.Namespace) -> PartReport:
     if expected is not None and len(jobs) != expected:
         report.problems.append(f"{part}: {len(jobs)} images were found under {plan.root}, {expected} are expected; "
                                "unpack all archives, or say --partial")
-    _list(os.path.join(plan.root, table.parts[part]["list"]), lines, report, args.check)
+    _list(plan.list_of(part), lines, report, args.check)
     return report
 
 

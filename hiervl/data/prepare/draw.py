@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...errors import UserError
+from ...ownership import OutputFolder
 from ..datasets import dataset_index, table_of
 from ..images import read_label
 from ..index import PackedIndex
-from .files import list_line, write_lines
+from .files import list_line, read_lines, write_lines
 from .parallel import parallel
 
 
@@ -32,7 +33,8 @@ def draw_splits(part: str, counts: Sequence[int], seeds: Sequence[int], out: str
         the folders written.
 
     Raises:
-        UserError: an unknown part, a count that leaves nothing labelled or unlabelled, an image without a mask.
+        UserError: an unknown part, a count that leaves nothing labelled or unlabelled, an image without a mask, a
+            list that is there, says something else and was not drawn by this tool.
     """
     index = dataset_index(part)
     entries = sorted((list_line(*pair), i) for i, pair in enumerate(index.all_names()))
@@ -43,15 +45,25 @@ def draw_splits(part: str, counts: Sequence[int], seeds: Sequence[int], out: str
         raise UserError(f"{part}: images without a mask are in its list, which cannot be drawn to be labelled")
     lines = [line for line, _ in entries]
     shown = _classes_shown(index, [i for _, i in entries], part, workers) if balanced else None
-    written = []
+    lists: dict[str, list[str]] = {}
     for seed in seeds:
         order = uniform_order(len(lines), seed) if shown is None else balanced_order(shown, seed, max(counts))
         for count in counts:
             folder = os.path.join(out, f"seed{seed}", str(count))
-            write_lines(os.path.join(folder, "labeled.txt"), sorted(lines[i] for i in order[:count]))
-            write_lines(os.path.join(folder, "unlabeled.txt"), sorted(lines[i] for i in order[count:]))
-            written.append(folder)
-    return written
+            lists[os.path.join(folder, "labeled.txt")] = sorted(lines[i] for i in order[:count])
+            lists[os.path.join(folder, "unlabeled.txt")] = sorted(lines[i] for i in order[count:])
+    _write(lists, out)
+    return list(dict.fromkeys(os.path.dirname(path) for path in lists))
+
+
+def _write(lists: dict[str, list[str]], out: str) -> None:
+    """Writes what is not there as it should be, all of it or, where a list is another's, none."""
+    new = {path: lines for path, lines in lists.items() if not (os.path.exists(path) and read_lines(path) == lines)}
+    folder = OutputFolder(out, "--out")
+    folder.check(new)
+    folder.add(new)
+    for path, lines in new.items():
+        write_lines(path, lines)
 
 
 def uniform_order(count: int, seed: int) -> list[int]:

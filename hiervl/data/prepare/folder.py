@@ -22,6 +22,7 @@ from .masks import Job
 _IGNORED = 255
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _SPLIT = "splits/all"
+_HEADER = "# Made by datasets/prepare_folder.py.\n"
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -47,7 +48,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         more += [Job(path) for path in _images(args.unlabeled) if os.path.realpath(path) not in taken]
     problems += _twice([*labelled, *more], val)
     table = _table(args.name, root, classes, palette, bool(coco))
-    return Plan(table, root, {f"{args.name}_train": labelled + more, f"{args.name}_val": val}, make, tuple(problems))
+    return Plan(
+        table, root, {f"{args.name}_train": labelled + more, f"{args.name}_val": val}, make, tuple(problems),
+        sources=tuple(filter(None, (args.classes, args.palette, args.coco, args.val_coco))),
+        made=tuple(f"{root}/{name}" for name in (OWN_TABLE, f"{_SPLIT}/labeled.txt", f"{_SPLIT}/unlabeled.txt")),
+        elsewhere="--root or --name", keep=False, in_place=make is read_indexed, ours=_has_our_table(root),
+    )
 
 
 def finish(plan: Plan) -> str:
@@ -228,6 +234,14 @@ def _bit_color(i: int) -> tuple[int, int, int]:
     return tuple(sum((i >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3))
 
 
+def _has_our_table(root: str) -> bool:
+    try:
+        with open(os.path.join(root, OWN_TABLE), encoding="utf-8") as file:
+            return file.readline() == _HEADER
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _write_table(plan: Plan) -> None:
     table = plan.table
     content = {"name": table.name, "ignore_label": table.ignore_label, "parts": table.parts}
@@ -237,7 +251,7 @@ def _write_table(plan: Plan) -> None:
         {"name": name, "color": list(color), **({"thing": True} if name in table.things else {})}
         for name, color in zip(table.classes, table.colors)
     ]
-    text = "# Made by datasets/prepare_folder.py.\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(os.path.join(plan.root, OWN_TABLE), text.encode())
 
 

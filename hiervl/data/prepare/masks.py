@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -78,6 +78,18 @@ class MaskTask:
             raise
         except UserError as error:
             return Outcome(problem=str(error))
+
+    def objection(self, job: Job) -> str:
+        """Why the mask that is there would be made again; "" if it is left alone."""
+        try:
+            size, _ = inspect_image(job.image)
+        except UserError as error:  # then no mask is made either, unless the image itself comes from elsewhere
+            return "" if os.path.exists(job.image) else str(error)
+        try:
+            replace(self, check=True)._find(job, size)
+            return ""
+        except UserError as error:
+            return str(error)
 
     def _find(self, job: Job, size: tuple[int, int]) -> np.ndarray | None:
         """The mask that is there already; None if it has to be made."""

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from ...errors import UserError
+from ...ownership import OutputFolder
 from ..datasets import data_root, table_of
 from .files import read_lines, write_lines, write_whole
 
@@ -45,18 +46,37 @@ def obtain(out: str, groups: list[str], source: str | None) -> list[str]:
         to :func:`check` to report.
 
     Raises:
-        UserError: a list cannot be fetched or is not the published one, a file cannot be written.
+        UserError: a list cannot be fetched or is not the published one, a file cannot be written, or one that is
+            there and would be written over was not made by this tool.
     """
-    written = []
-    for path, digest in known_hashes().items():
-        if path.split("/")[0] in groups and _digest(os.path.join(out, path)) != digest:
-            content = _content(path, digest, source, out)
-            if content is not None:
-                write_whole(os.path.join(out, path), content)
-                written.append(path)
-    if "coco" in groups:
-        written += _coco_unlabeled(out)
+    folder, written = OutputFolder(out, "--out"), []
+    wanted = {path: digest for path, digest in known_hashes().items()
+              if path.split("/")[0] in groups and _digest(os.path.join(out, path)) != digest}
+    _look_first(folder, wanted, groups, source)
+    for path, digest in wanted.items():
+        content = _content(path, digest, source, out)
+        if content is not None:
+            folder.add([os.path.join(out, path)])
+            write_whole(os.path.join(out, path), content)
+            written.append(path)
+    for path, lines in _coco_unlabeled(out, groups).items():
+        folder.add([path])
+        write_lines(path, lines)
+        written.append(os.path.relpath(path, out).replace(os.sep, "/"))
     return written
+
+
+def _look_first(folder: OutputFolder, wanted: dict[str, str], groups: list[str], source: str | None) -> None:
+    """Refuses lists of another hand before the first one is written."""
+    out, targets = folder.folder, list(_coco_unlabeled(folder.folder, groups))
+    for path in wanted:
+        group, there = path.split("/")[0], os.path.join(out, path)
+        if group == "coco" and path.endswith("/labeled.txt") and _own_train_lines("coco"):
+            targets.append(os.path.join(os.path.dirname(there), "unlabeled.txt"))
+        left_out = group in _CAMVID and source is None and not _own_train_lines(group)
+        if os.path.lexists(there) and not left_out and not (_digest(there) and _made_from_own_list(out, path)):
+            targets.append(there)
+    folder.check(targets, [os.path.join(source, path) for path in wanted] if source else [])
 
 
 def check(folder: str, groups: list[str]) -> list[str]:
@@ -158,17 +178,20 @@ def _download(url: str) -> bytes:
                         "copy with --source") from None
 
 
-def _coco_unlabeled(out: str) -> list[str]:
-    train = _own_train_lines("coco")
-    written = []
-    for labeled in sorted(Path(out, "coco").glob("*/labeled.txt")) if train else ():
-        path = labeled.with_name("unlabeled.txt")
-        taken = set(_images(read_lines(str(labeled))))
+def _coco_unlabeled(out: str, groups: list[str]) -> dict[str, list[str]]:
+    """{path: lines} of the unlabeled lists that are missing or differ, beside the labeled ones that are there."""
+    train = _own_train_lines("coco") if "coco" in groups else None
+    names = [path for path in sorted(known_hashes()) if path.startswith("coco/") and path.endswith("/labeled.txt")]
+    lists = {}
+    for labeled in (os.path.join(out, name) for name in names if train):
+        if not os.path.exists(labeled):
+            continue
+        path = os.path.join(os.path.dirname(labeled), "unlabeled.txt")
+        taken = set(_images(read_lines(labeled)))
         lines = [line for line in sorted(train) if line.split()[0] not in taken]
-        if not path.exists() or read_lines(str(path)) != lines:
-            write_lines(str(path), lines)
-            written.append(path.relative_to(out).as_posix())
-    return written
+        if not os.path.exists(path) or read_lines(path) != lines:
+            lists[path] = lines
+    return lists
 
 
 def _check_group(folder: str, group: str) -> list[str]:

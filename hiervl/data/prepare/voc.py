@@ -21,12 +21,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
     need_folder(args.root, "it should hold JPEGImages/, SegmentationClass/ and ImageSets/ of VOC 2012")
     own = {stem: path for stem, path in _stems(os.path.join(args.root, "SegmentationClass"), ".png")}
     more = _augmented(args)
-    val = _ids(os.path.join(args.root, "ImageSets", "Segmentation", "val.txt"))
-    train = {*_ids(os.path.join(args.root, "ImageSets", "Segmentation", "train.txt")), *own, *more} - set(val)
+    lists = os.path.join(args.root, "ImageSets", "Segmentation")
+    train_list, val_list = os.path.join(lists, "train.txt"), os.path.join(lists, "val.txt")
+    val = _ids(val_list)
+    train = {*_ids(train_list), *own, *more} - set(val)
     sources = {**more, **own}  # where there are both, VOC's own is the finer mask
     parts = {"voc_train": [_job(args.root, i, sources) for i in sorted(train)],
              "voc_val": [_job(args.root, i, own) for i in val]}
-    return Plan(table, args.root, parts, read_mask)
+    return Plan(table, args.root, parts, read_mask, sources=(train_list, val_list, *own.values(), *more.values()),
+                elsewhere="--aug or --root" if args.aug else "--root", in_place=True)
 
 
 def read_mask(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:

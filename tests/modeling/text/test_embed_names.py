@@ -58,6 +58,20 @@ def test_with_a_sentence_model(tool, names, tmp_path, monkeypatch):
         tool.main(["--model", "m", "--names", names, "--out", out, "--template", long])
 
 
+def test_neither_the_names_nor_a_file_of_another_hand_is_overwritten(tool, tmp_path):
+    source, other = tmp_path / "names.npz", tmp_path / "mine.npz"
+    source.write_text("car\n")
+    np.savez(other, mine=np.zeros(3))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for out, words in ((source, "one of the files to read"), (tmp_path / "names", "one of the files to read"),
+                       (other, "is already there"), (tmp_path / "mine", "is already there")):
+        with pytest.raises(SystemExit, match=f"{out.name}.* {words}.* --out"):
+            tool.main(["--tower", "none", "--names", str(source), "--out", str(out)])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    np.savez(other, **dict.fromkeys(("names", "texts", "embeddings", "model", "template"), np.zeros(1)))
+    tool.claim(str(other), [str(source)])  # made by an earlier version
+
+
 def test_a_users_mistakes(tool, names, tower_model, tmp_path, capsys):
     with pytest.raises(SystemExit, match="error: MODEL.TEXT.MODEL: open_clip has no model 'ViT'"):
         tool.main(["--tower", "ViT", "--names", names, "--out", str(tmp_path / "o.npz")])
