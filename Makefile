@@ -17,7 +17,7 @@ install:  ## make or update .venv (at once if up to date)
 ops:  ## compile the kernels of hiervl.ops again
 	@$(PYTHON) tools/setup/install.py --ops
 
-demo: install  ## train on generated images in minutes: labelled-only against semi-supervised
+demo: install  ## train on generated images in minutes: labeled-only against semi-supervised
 	$(PY) -m tools.setup.run_demo $(ARGS)
 
 test: install  ## run the tests (ARGS='-k name' selects)

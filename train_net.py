@@ -1,10 +1,11 @@
 """Train, resume or evaluate HierVL.
 
-    python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
-    python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
-    ... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order;
-                                                            reports go to OUTPUT_DIR/inference_other_words
+python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
+python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order;
+                                                        reports go to OUTPUT_DIR/inference_other_words
 """
+
 import logging
 import os
 import sys
@@ -54,8 +55,10 @@ def rename_classes(trainer, names):
     """Evaluate with other words for the classes of the data set."""
     known = trainer.student.class_names
     if len(names) != len(known):
-        raise UserError(f"--classes: {len(names)} names for the {len(known)} classes of the data set; give one for "
-                        f"each, in the order {', '.join(known)}.")
+        raise UserError(
+            f"--classes: {len(names)} names for the {len(known)} classes of the data set; give one for "
+            f"each, in the order {', '.join(known)}."
+        )
     for network in (trainer.student, trainer.teacher.model):
         network.set_classes(names)
 
@@ -63,8 +66,11 @@ def rename_classes(trainer, names):
 def parser():
     """Detectron2's command line, and --classes."""
     result = default_argument_parser()
-    result.add_argument("--classes", default="", help="with --eval-only: other names for the classes, separated by "
-                                                      "commas, or a file with one per line")
+    result.add_argument(
+        "--classes",
+        default="",
+        help="with --eval-only: other names for the classes, separated by commas, or a file with one per line",
+    )
     return result
 
 
@@ -80,5 +86,11 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
-           dist_url=arguments.dist_url, args=(arguments,))
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )

@@ -37,8 +37,12 @@ def main(argv=None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--table", help="data set whose class names are embedded, such as shapes")
     source.add_argument("--names", help="text file: a line per name, or name<TAB>text")
-    parser.add_argument("--template", action="append", metavar="SENTENCE",
-                        help="sentence with {} for the text; several are averaged (a photo of a {})")
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="SENTENCE",
+        help="sentence with {} for the text; several are averaged (a photo of a {})",
+    )
     parser.add_argument("--out", required=True, help="file to write (.npz)")
     args = parser.parse_args(argv)
     templates = args.template or ["a photo of a {}"]

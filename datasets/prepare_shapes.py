@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val", type=int, default=200, help="validation images (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="height and width, pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images (%(default)s)")
-    parser.add_argument("--labeled", type=int, nargs="+", default=[25, 50, 100, 200], help="labelled images per split")
+    parser.add_argument("--labeled", type=int, nargs="+", default=[25, 50, 100, 200], help="labeled images per split")
     parser.add_argument("--split-seeds", type=int, nargs="+", default=[0], help="one set of splits for each")
     parser.add_argument("--check", action="store_true", help="write nothing; check what is there")
     return parser.parse_args(argv)

@@ -1,4 +1,5 @@
 """Checkpoints that are whole or absent, and weights that fit or say what does not."""
+
 import contextlib
 import os
 import pickle
@@ -26,8 +27,9 @@ def atomic_write(path: str, mode: str = "wb"):
         with _replacing(path, mode) as file:
             yield file
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another "
-                        "OUTPUT_DIR.") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another OUTPUT_DIR."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -80,8 +82,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Write `<save_dir>/<name>.pth` (weights, checkpointables, `extra`) and make `last_checkpoint` name it."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(),
-                **{key: obj.state_dict() for key, obj in self.checkpointables.items()}, **extra}
+        data = {
+            "model": self.model.state_dict(),
+            **{key: obj.state_dict() for key, obj in self.checkpointables.items()},
+            **extra,
+        }
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         with atomic_write(path) as file:
@@ -126,20 +131,29 @@ class AtomicCheckpointer(DetectionCheckpointer):
         ours = "trainer" in checkpoint
         absent = [key for key in self._wanted if key not in checkpoint]
         if ours and absent:
-            raise UserError(f"{self._path}: the state of {absent[0]!r} is not in it, so training cannot go on from "
-                            "here; name it in MODEL.WEIGHTS to start from its weights.")
+            raise UserError(
+                f"{self._path}: the state of {absent[0]!r} is not in it, so training cannot go on from "
+                "here; name it in MODEL.WEIGHTS to start from its weights."
+            )
         found = [key.removeprefix("module.") for key in checkpoint["model"]]
         if not found:
             raise UserError(f"{self._path}: holds no weights.")
         incompatible = super()._load_model(checkpoint)
         if ours:
-            _raise_on_misfit(self._path, "this config", incompatible.missing_keys, incompatible.unexpected_keys,
-                             incompatible.incorrect_shapes)
+            _raise_on_misfit(
+                self._path,
+                "this config",
+                incompatible.missing_keys,
+                incompatible.unexpected_keys,
+                incompatible.incorrect_shapes,
+            )
         elif incompatible.incorrect_shapes:
             _raise_on_misfit(self._path, "this config", (), (), incompatible.incorrect_shapes)
         elif {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
-            raise UserError(f"{self._path}: none of its {len(found)} weights (such as {found[0]}) has a name that the "
-                            "model knows; weights of a backbone alone belong in MODEL.BACKBONE.WEIGHTS.")
+            raise UserError(
+                f"{self._path}: none of its {len(found)} weights (such as {found[0]}) has a name that the "
+                "model knows; weights of a backbone alone belong in MODEL.BACKBONE.WEIGHTS."
+            )
         return incompatible
 
 
@@ -148,12 +162,16 @@ def _model_zoo_weights(path):
     data = read_pickled_arrays(path)
     if "model" not in data or "__author__" not in data:
         blobs = data.get("blobs", data)
-        data = {"model": {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")},
-                "__author__": "Caffe2", "matching_heuristics": True}
+        data = {
+            "model": {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")},
+            "__author__": "Caffe2",
+            "matching_heuristics": True,
+        }
     strange = next((name for name, value in data["model"].items() if not is_array(value)), None)
     if strange is not None:
-        raise UserError(f"{path}: {strange!r} in it is no array of numbers; it is not a checkpoint of Detectron2's "
-                        "model zoo.")
+        raise UserError(
+            f"{path}: {strange!r} in it is no array of numbers; it is not a checkpoint of Detectron2's model zoo."
+        )
     return data
 
 
@@ -164,8 +182,9 @@ def read_state(path: str, key: str):
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file ({key}).") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{path}: not a file of weights, or damaged ({key}): "
-                        f"{(str(error) or 'it is empty').splitlines()[0][:150]}") from None
+        raise UserError(
+            f"{path}: not a file of weights, or damaged ({key}): {(str(error) or 'it is empty').splitlines()[0][:150]}"
+        ) from None
 
 
 def load_strictly(module: torch.nn.Module, path: str, key: str) -> None:
@@ -192,8 +211,11 @@ def load_network(network: torch.nn.Module, path: str, kind: str = "teacher") -> 
 
 def _fit(module, state, path, target):
     own = module.state_dict()
-    shapes = [(name, tuple(value.shape), tuple(own[name].shape)) for name, value in state.items()
-              if name in own and value.shape != own[name].shape]
+    shapes = [
+        (name, tuple(value.shape), tuple(own[name].shape))
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
     _raise_on_misfit(path, target, [k for k in own if k not in state], [k for k in state if k not in own], shapes)
     module.load_state_dict(state)
 
@@ -201,11 +223,17 @@ def _fit(module, state, path, target):
 def _raise_on_misfit(path, target, missing, unexpected, shapes):
     if shapes:
         name, found, wanted = shapes[0]
-        raise UserError(f"{path}: {name} has shape {found}, {target} needs {wanted} "
-                        f"({len(shapes)} such weights); use the config the weights were made with.")
+        raise UserError(
+            f"{path}: {name} has shape {found}, {target} needs {wanted} "
+            f"({len(shapes)} such weights); use the config the weights were made with."
+        )
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing ({len(missing)} such weights) for {target}; "
-                        "use weights of this architecture.")
+        raise UserError(
+            f"{path}: {missing[0]} is missing ({len(missing)} such weights) for {target}; "
+            "use weights of this architecture."
+        )
     if unexpected:
-        raise UserError(f"{path}: {unexpected[0]} has no place in {target} ({len(unexpected)} such weights); "
-                        "use weights of this architecture.")
+        raise UserError(
+            f"{path}: {unexpected[0]} has no place in {target} ({len(unexpected)} such weights); "
+            "use weights of this architecture."
+        )

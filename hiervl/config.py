@@ -3,6 +3,7 @@
 Detectron2's default config carries hundreds of keys that a semantic segmenter never reads. They are removed
 here, so that setting one is an error ("unknown key") rather than a switch that silently does nothing.
 """
+
 import difflib
 import os
 import re
@@ -17,8 +18,17 @@ from .errors import UserError
 
 # What is kept of detectron2's own tree; everything else is dropped.
 _KEPT_MODEL = ("DEVICE", "META_ARCHITECTURE", "WEIGHTS", "BACKBONE", "RESNETS")
-_KEPT_SOLVER = ("MAX_ITER", "BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WARMUP_FACTOR", "WARMUP_ITERS",
-                "CHECKPOINT_PERIOD", "IMS_PER_BATCH", "AMP")
+_KEPT_SOLVER = (
+    "MAX_ITER",
+    "BASE_LR",
+    "WEIGHT_DECAY",
+    "WEIGHT_DECAY_NORM",
+    "WARMUP_FACTOR",
+    "WARMUP_ITERS",
+    "CHECKPOINT_PERIOD",
+    "IMS_PER_BATCH",
+    "AMP",
+)
 
 
 def add_hiervl_config(cfg: CN) -> None:
@@ -92,17 +102,17 @@ def _add_model(cfg):
     cfg.MODEL.TEXT.DISTRACTORS = ""
     cfg.MODEL.TEXT.CENTER = True
     cfg.MODEL.TEXT.ADAPTER = False
-    cfg.MODEL.TEXT.CONTROL = "none"
+    cfg.MODEL.TEXT.ABLATION = "none"
 
     cfg.MODEL.HSQG = CN()
     cfg.MODEL.HSQG.ENABLED = True
-    cfg.MODEL.HSQG.KEEP = 48
+    cfg.MODEL.HSQG.TOP_K = 48
     cfg.MODEL.HSQG.MIN_RELEVANCE = 0.05
 
     cfg.MODEL.CMSAM = CN()
     cfg.MODEL.CMSAM.ENABLED = True
-    cfg.MODEL.CMSAM.FLOWS = True
-    cfg.MODEL.CMSAM.GUIDED = True
+    cfg.MODEL.CMSAM.FEATURE_EXCHANGE = True
+    cfg.MODEL.CMSAM.GUIDED_UPSAMPLING = True
     cfg.MODEL.CMSAM.BOUNDARY_WEIGHT = 1.0
     cfg.MODEL.CMSAM.BOUNDARY_WIDTH = 3
 
@@ -148,7 +158,7 @@ def _add_data(cfg):
     cfg.INPUT.FLIP_PROB = 0.5
     cfg.INPUT.CAT_MAX_RATIO = 1.0
     cfg.INPUT.COLOR_JITTER = (0.5, 0.5, 0.5, 0.25)
-    cfg.INPUT.GREY_PROB = 0.2
+    cfg.INPUT.GRAYSCALE_PROB = 0.2
     cfg.INPUT.TEST_SHORT_SIDE = 0
 
     cfg.TEST = CN()
@@ -158,7 +168,7 @@ def _add_data(cfg):
     cfg.TEST.STRIDE = (341, 341)
     cfg.TEST.SCALES = (1.0,)
     cfg.TEST.FLIP = False
-    cfg.TEST.KEPT_ONLY = False
+    cfg.TEST.SELECTED_ONLY = False
     cfg.TEST.BOUNDARY_IOU = False
     cfg.TEST.COMPARE = ""
 
@@ -172,8 +182,8 @@ def _add_semi(cfg):
     cfg.SEMI.WEIGHT = 1.0
     cfg.SEMI.BURN_IN = 0
     cfg.SEMI.RAMP = 0
-    cfg.SEMI.MEASURE = False
-    cfg.SEMI.ABSENT_BELOW = 0.05
+    cfg.SEMI.LOG_PSEUDO_LABEL_ACCURACY = False
+    cfg.SEMI.ABSENCE_THRESHOLD = 0.05
 
     cfg.SEMI.EMA = CN()
     cfg.SEMI.EMA.HORIZON = 1000
@@ -262,8 +272,10 @@ def _read_yaml(path, derived):
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except yaml.constructor.ConstructorError as error:
-        raise UserError(f"{path}: holds more than plain values ({error.problem}), which HierVL does not load since it "
-                        "may run code; write the values out.") from None
+        raise UserError(
+            f"{path}: holds more than plain values ({error.problem}), which HierVL does not load since it "
+            "may run code; write the values out."
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(content or {}, dict):
@@ -287,7 +299,7 @@ def use_cpu_without_gpu(cfg: CN) -> None:
 
 
 def _merge(cfg, source, merge):
-    """Run one merge and turn yacs' errors into one line that names the key and its nearest neighbour."""
+    """Run one merge and turn yacs' errors into one line that names the key and its nearest neighbor."""
     try:
         merge()
     except (KeyError, AssertionError) as error:  # yacs raises the one for files, the other for lists

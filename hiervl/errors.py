@@ -1,4 +1,5 @@
 """The one exception for mistakes that a user can mend, and how the tools tell it."""
+
 import sys
 
 

@@ -65,12 +65,16 @@ class OutputFolder:
         return next((there for there in (path, path + _PARTIAL) if os.path.lexists(there)), "")
 
     def refuse_source(self, path: str, why: str = "") -> None:
-        raise UserError(f"{path} is one of the files to read and would be overwritten{why and f' ({why})'}; nothing "
-                        f"was written. Pick another place with {self.option}.")
+        raise UserError(
+            f"{path} is one of the files to read and would be overwritten{why and f' ({why})'}; nothing "
+            f"was written. Pick another place with {self.option}."
+        )
 
     def refuse_foreign(self, path: str, why: str = "") -> None:
-        raise UserError(f"{path} is already there and was not made by this tool{why and f' ({why})'}; nothing was "
-                        f"written. Move it away, or pick another place with {self.option}.")
+        raise UserError(
+            f"{path} is already there and was not made by this tool{why and f' ({why})'}; nothing was "
+            f"written. Move it away, or pick another place with {self.option}."
+        )
 
     def add(self, paths: Iterable[str]) -> None:
         """Records files as ours; to be called before they are written, so that a killed run can go on.
@@ -111,5 +115,7 @@ class OutputFolder:
             with open(self._path, mode, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 file.write(text)
         except OSError as error:
-            raise UserError(f"cannot write {self._path} ({error.strerror or error}); make room, or pick another "
-                            f"place with {self.option}") from None
+            raise UserError(
+                f"cannot write {self._path} ({error.strerror or error}); make room, or pick another "
+                f"place with {self.option}"
+            ) from None

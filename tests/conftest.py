@@ -1,4 +1,5 @@
 """Helpers shared by all tests: seeds, and the optional data next to the project."""
+
 import os
 from pathlib import Path
 

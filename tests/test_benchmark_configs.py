@@ -1,4 +1,5 @@
 """Every row of the protocol's table has a config whose numbers follow from the protocol, and which builds."""
+
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hiervl.modeling.text.word_lists import read_definitions
 from .conftest import shared_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# data set: (epochs, crop, {labelled images: split})
+# data set: (epochs, crop, {labeled images: split})
 PROTOCOL = {
     "coco": (10, 512, {232: "1_512", 463: "1_256", 925: "1_128", 1849: "1_64", 3697: "1_32"}),
     "voc": (80, 512, {n: str(n) for n in (92, 183, 366, 732, 1464)}),
@@ -29,33 +30,33 @@ ROWS = [(name, count) for name, (_, _, splits) in PROTOCOL.items() for count in 
 EMBEDDINGS = {"coco": "coco81", "voc": "voc21", "ade20k": "ade150", "cityscapes": "cityscapes19", "camvid": "camvid11"}
 
 
-@pytest.mark.parametrize("name, labelled", ROWS)
-def test_the_protocol(name, labelled):
-    cfg = load_config(str(CONFIGS / f"{name}_{labelled}.yaml"), [])
+@pytest.mark.parametrize("name, labeled", ROWS)
+def test_the_protocol(name, labeled):
+    cfg = load_config(str(CONFIGS / f"{name}_{labeled}.yaml"), [])
     epochs, crop, splits = PROTOCOL[name]
-    unlabelled = table_of(f"{name}_train").parts[f"{name}_train"]["images"] - labelled
-    assert cfg.SOLVER.MAX_ITER == epochs * (unlabelled // cfg.SEMI.UNLABELED_PER_BATCH)
+    unlabeled = table_of(f"{name}_train").parts[f"{name}_train"]["images"] - labeled
+    assert cfg.SOLVER.MAX_ITER == epochs * (unlabeled // cfg.SEMI.UNLABELED_PER_BATCH)
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SEMI.UNLABELED_PER_BATCH) == (8, 8)
     assert cfg.INPUT.CROP_SIZE == cfg.TEST.WINDOW == (crop, crop)
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.POLY_POWER, cfg.SOLVER.WARMUP_ITERS) == (1e-4, 0.9, 1500)
     assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM, cfg.SOLVER.BACKBONE_MULTIPLIER) == (1e-4, 0, 0.1)
-    assert cfg.DATASETS.SPLIT == f"{name}/{splits[labelled]}"
+    assert cfg.DATASETS.SPLIT == f"{name}/{splits[labeled]}"
     assert f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
     assert cfg.DATASETS.TRAIN == (f"{name}_train",) and cfg.DATASETS.TEST == (f"{name}_val",)
-    assert cfg.OUTPUT_DIR.endswith(f"/{name}_{labelled}")
+    assert cfg.OUTPUT_DIR.endswith(f"/{name}_{labeled}")
 
 
-@pytest.mark.parametrize("labelled", [11, 46, 92])
-def test_camvid(labelled):
-    cfg = load_config(str(CONFIGS / f"camvid_{labelled}_unimatch.yaml"), [])
-    assert cfg.DATASETS.SPLIT == f"camvid/seed0/{labelled}" and f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
+@pytest.mark.parametrize("labeled", [11, 46, 92])
+def test_camvid(labeled):
+    cfg = load_config(str(CONFIGS / f"camvid_{labeled}_unimatch.yaml"), [])
+    assert cfg.DATASETS.SPLIT == f"camvid/seed0/{labeled}" and f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
 
 
 def test_lists_have_as_many_images_as_their_configs_say():
     for name, (_, _, splits) in PROTOCOL.items():
-        for labelled, split in splits.items():
+        for labeled, split in splits.items():
             with open(shared_file(f"splits/{name}/{split}/labeled.txt")) as file:
-                assert sum(1 for line in file if line.strip()) == labelled
+                assert sum(1 for line in file if line.strip()) == labeled
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -91,13 +92,23 @@ def build(tmp_path, monkeypatch):
         cfg = load_config(str(CONFIGS / f"{config}.yaml"), [])
         classes = table_of(cfg.DATASETS.TRAIN[0]).classes
         np.savez(tmp_path / "e.npz", names=np.array(classes), embeddings=np.eye(len(classes), 512, dtype=np.float32))
-        cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.TEXT.EMBEDDINGS", str(tmp_path / "e.npz"),
-                             "MODEL.TEXT.DEFINITIONS", "",
-                             "MODEL.BACKBONE.TIMM.PRETRAINED", False])
+        cfg.merge_from_list(
+            [
+                "MODEL.DEVICE",
+                "meta",
+                "MODEL.TEXT.EMBEDDINGS",
+                str(tmp_path / "e.npz"),
+                "MODEL.TEXT.DEFINITIONS",
+                "",
+                "MODEL.BACKBONE.TIMM.PRETRAINED",
+                False,
+            ]
+        )
         with torch.device("meta"):
             model = build_model(cfg)
         assert model.num_classes == len(classes) and model.protocol.mode == "sliding"
         return model
+
     return make
 
 
@@ -105,9 +116,15 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("variant, backbone", [
-    # ResNet-50's convolutions: its norms are frozen, its classifier is gone.
-    ("_r50", 23_454_912), ("_dinov2", None), ("", None)])
+@pytest.mark.parametrize(
+    "variant, backbone",
+    [
+        # ResNet-50's convolutions: its norms are frozen, its classifier is gone.
+        ("_r50", 23_454_912),
+        ("_dinov2", None),
+        ("", None),
+    ],
+)
 def test_the_models_are_built_and_differ_in_their_text_alone(build, variant, backbone):
     """With names as text, no weight grows with the number of classes."""
     models = [build(f"{name}_{min(splits)}{variant}") for name, (_, _, splits) in PROTOCOL.items()]
@@ -118,9 +135,9 @@ def test_the_models_are_built_and_differ_in_their_text_alone(build, variant, bac
         assert 80e6 < count(models[0].backbone) < 95e6  # ViT-B has 86 million, the feature pyramid a few
 
 
-@pytest.mark.parametrize("name, labelled", [(name, min(splits)) for name, (_, _, splits) in PROTOCOL.items()])
-def test_variants_differ_in_their_backbone_and_crop(name, labelled):
-    plain, r50, dino = (load_config(str(CONFIGS / f"{name}_{labelled}{v}.yaml"), []) for v in ("", "_r50", "_dinov2"))
+@pytest.mark.parametrize("name, labeled", [(name, min(splits)) for name, (_, _, splits) in PROTOCOL.items()])
+def test_variants_differ_in_their_backbone_and_crop(name, labeled):
+    plain, r50, dino = (load_config(str(CONFIGS / f"{name}_{labeled}{v}.yaml"), []) for v in ("", "_r50", "_dinov2"))
     assert {cfg.SOLVER.MAX_ITER for cfg in (plain, r50, dino)} == {plain.SOLVER.MAX_ITER}
     assert {cfg.DATASETS.SPLIT for cfg in (plain, r50, dino)} == {plain.DATASETS.SPLIT}
     assert r50.INPUT.CROP_SIZE == plain.INPUT.CROP_SIZE and dino.INPUT.CROP_SIZE[0] % 14 == 0

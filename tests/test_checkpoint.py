@@ -1,4 +1,5 @@
 """Checkpoints: whole or absent, strict where they must be, and one line that names the key and the file."""
+
 import os
 import pickle
 import re
@@ -77,8 +78,9 @@ def test_the_name_is_taken_only_after_the_content_is_on_the_disk(tmp_path, monke
     steps = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(checkpoint_module.os, name,
-                            lambda *args, real=real, name=name: (steps.append(name), real(*args))[1])
+        monkeypatch.setattr(
+            checkpoint_module.os, name, lambda *args, real=real, name=name: (steps.append(name), real(*args))[1]
+        )
     with atomic_write(str(tmp_path / "file"), "w") as file:
         file.write("é")
     assert steps[:2] == ["fsync", "replace"]
@@ -102,11 +104,14 @@ def test_own_checkpoint_of_another_shape(tmp_path):
     one_line(error, "model.pth", "0.weight", "(3, 2)", "(4, 2)")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda state: state["model"].pop("1.bias"), ["1.bias", "missing"]),
-    (lambda state: state["model"].update(extra=torch.zeros(1)), ["extra"]),
-    (lambda state: state.update(optimizer=None), []),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: state["model"].pop("1.bias"), ["1.bias", "missing"]),
+        (lambda state: state["model"].update(extra=torch.zeros(1)), ["extra"]),
+        (lambda state: state.update(optimizer=None), []),
+    ],
+)
 def test_own_checkpoint_with_other_keys(tmp_path, change, words):
     make(tmp_path).save("model")
     path = str(tmp_path / "model.pth")
@@ -181,8 +186,15 @@ class Evil:
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pyth", ".pth"])
-@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"model": {"0.weight": evil}, "__author__": "x"},
-                                  lambda evil: {"blobs": {"w": evil}}, lambda evil: {"model_state": {"w": evil}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda evil: evil,
+        lambda evil: {"model": {"0.weight": evil}, "__author__": "x"},
+        lambda evil: {"blobs": {"w": evil}},
+        lambda evil: {"model_state": {"w": evil}},
+    ],
+)
 def test_no_file_of_weights_runs_code(tmp_path, suffix, wrap):
     path, proof = tmp_path / f"weights{suffix}", tmp_path / "executed"
     path.write_bytes(pickle.dumps(wrap(Evil(proof))))
@@ -201,13 +213,16 @@ def test_a_pickle_of_the_model_zoo_is_read(tmp_path):
     assert checkpointer.model[0].weight.eq(7).all()
 
 
-@pytest.mark.parametrize("content, words", [
-    ({"model": {"conv9": np.ones(3)}, "__author__": "x", "matching_heuristics": True}, ["none of its 1", "conv9"]),
-    ({"model": {}, "__author__": "x", "matching_heuristics": True}, ["holds no weights"]),
-    ({"model": {"0.weight": "text"}, "__author__": "x"}, ["0.weight", "no array"]),
-    ({"blobs": {"w": np.array([None])}}, ["'w'", "no array"]),
-    ([1, 2], ["holds no weights", "list"]),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model": {"conv9": np.ones(3)}, "__author__": "x", "matching_heuristics": True}, ["none of its 1", "conv9"]),
+        ({"model": {}, "__author__": "x", "matching_heuristics": True}, ["holds no weights"]),
+        ({"model": {"0.weight": "text"}, "__author__": "x"}, ["0.weight", "no array"]),
+        ({"blobs": {"w": np.array([None])}}, ["'w'", "no array"]),
+        ([1, 2], ["holds no weights", "list"]),
+    ],
+)
 def test_a_pickle_that_brings_nothing_is_an_error(tmp_path, content, words):
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(content))

@@ -1,4 +1,5 @@
 """Unknown keys are errors, every key is explained, every key is read."""
+
 import ast
 from pathlib import Path
 
@@ -37,13 +38,17 @@ def _get(cfg, key):
 
 
 def test_every_key_is_read_by_some_code():
-    files = [path for path in [*(ROOT / "hiervl").rglob("*.py"), ROOT / "train_net.py", Path(d2_resnet.__file__)]
-             if path.name != "config.py"]
+    files = [
+        path
+        for path in [*(ROOT / "hiervl").rglob("*.py"), ROOT / "train_net.py", Path(d2_resnet.__file__)]
+        if path.name != "config.py"
+    ]
     read = set().union(*(keys_read_by(path.read_text()) for path in files))
     by_detectron2 = {"VERSION", "CUDNN_BENCHMARK", "MODEL.META_ARCHITECTURE"}
     # Read by name, from a table: each filter and regularizer has a test of its own.
-    options_of_tables = {key for key in config_keys(load_config("", []))
-                         if key.startswith(("SEMI.FILTER.", "MODEL.REGULARIZERS."))}
+    options_of_tables = {
+        key for key in config_keys(load_config("", [])) if key.startswith(("SEMI.FILTER.", "MODEL.REGULARIZERS."))
+    }
     assert not set(config_keys(load_config("", []))) - read - by_detectron2 - options_of_tables
 
 
@@ -57,15 +62,18 @@ def keys_read_by(source):
                 pairs = [(node.targets[0], node.value)]
                 if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
                     pairs = zip(node.targets[0].elts, node.value.elts)
-                sections |= {name.id: _path(value, sections) for name, value in pairs
-                             if isinstance(name, ast.Name) and _path(value, sections)}
+                sections |= {
+                    name.id: _path(value, sections)
+                    for name, value in pairs
+                    if isinstance(name, ast.Name) and _path(value, sections)
+                }
         paths = [_path(node, sections) for node in ast.walk(function) if isinstance(node, ast.Attribute)]
         found |= {".".join(path) for path in paths if path}
     return found
 
 
 def _path(node, sections):
-    """("MODEL", "HSQG", "KEEP") of the expression cfg.MODEL.HSQG.KEEP; None of one that does not begin with cfg."""
+    """("MODEL", "HSQG", "TOP_K") of the expression cfg.MODEL.HSQG.TOP_K; None of one that does not begin with cfg."""
     if isinstance(node, ast.Name):
         return sections.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -79,17 +87,20 @@ def _path(node, sections):
 def test_a_key_is_found_under_its_section_only():
     source = """def f(cfg, other):
     a, b = cfg.MODEL.HSQG, cfg.TEST
-    return a.KEEP, b.MODE, other.SEED, cfg.SEMI.EMA.HORIZON"""
-    assert {"MODEL.HSQG.KEEP", "TEST.MODE", "SEMI.EMA.HORIZON"} <= keys_read_by(source)
-    assert not {"SEED", "KEEP", "MODEL.KEEP"} & keys_read_by(source)
+    return a.TOP_K, b.MODE, other.SEED, cfg.SEMI.EMA.HORIZON"""
+    assert {"MODEL.HSQG.TOP_K", "TEST.MODE", "SEMI.EMA.HORIZON"} <= keys_read_by(source)
+    assert not {"SEED", "TOP_K", "MODEL.TOP_K"} & keys_read_by(source)
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["SEMI.WIEGHT", "1"], r"SEMI.WIEGHT.*did you mean SEMI.WEIGHT"),
-    (["MODEL.RPN.NMS_THRESH", "0.5"], r"unknown config key MODEL.RPN"),
-    (["SOLVER.MAX_ITER", "many"], r"command line: .*MAX_ITER|command line: .*str"),
-    (["SEED"], r"'SEED' has no value"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["SEMI.WIEGHT", "1"], r"SEMI.WIEGHT.*did you mean SEMI.WEIGHT"),
+        (["MODEL.RPN.NMS_THRESH", "0.5"], r"unknown config key MODEL.RPN"),
+        (["SOLVER.MAX_ITER", "many"], r"command line: .*MAX_ITER|command line: .*str"),
+        (["SEED"], r"'SEED' has no value"),
+    ],
+)
 def test_a_wrong_override_ends_in_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         load_config("", overrides)
@@ -112,8 +123,16 @@ def test_a_missing_or_broken_file(tmp_path, content, message):
         load_config(str(path), [])
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{proof}]", "!!python/object/new:os.mkdir [{proof}]",
-                                 "!!python/name:os.mkdir", "!!python/module:os", "!!python/tuple [1, 2]"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.mkdir [{proof}]",
+        "!!python/object/new:os.mkdir [{proof}]",
+        "!!python/name:os.mkdir",
+        "!!python/module:os",
+        "!!python/tuple [1, 2]",
+    ],
+)
 @pytest.mark.parametrize("place", ["itself", "_BASE_"])
 def test_no_config_runs_code(tmp_path, tag, place):
     proof = tmp_path / "executed"
@@ -124,25 +143,28 @@ def test_no_config_runs_code(tmp_path, tag, place):
     assert "\n" not in str(error.value) and not proof.exists()
 
 
-@pytest.mark.parametrize("content, message", [
-    ("_BASE_: https://example.org/evil.yaml", "must name a local file"),
-    ("_BASE_: file:///etc/evil.yaml", "must name a local file"),
-    ("_BASE_: [mine.yaml]", "is its own _BASE_"),
-    ("_BASE_: there/../mine.yaml", "is its own _BASE_"),
-    ("_BASE_: nowhere.yaml", "nowhere.yaml: no such config file .*_BASE_ of mine.yaml"),
-    ("_BASE_: there", "there: no such config file"),
-    ("_BASE_: 3", "must name a local file, not 3"),
-    ("_BASE_: [[]]", "must name a local file"),
-    ("- a\n- b", "holds a list"),
-    ("just words", "holds a str"),
-    ("a: &a [*a]", "mine.yaml: "),
-    ("SEED: 2020-01-01", "mine.yaml: .*not a valid type"),
-    ("a: " + "[" * 3000, "cannot be read as YAML"),
-    ("\0", "cannot be read as YAML"),
-    ("? [1, 2]\n: 3", "mine.yaml: "),
-    ("1: 2", "mine.yaml: "),
-    ("MODEL: 3", "mine.yaml: "),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("_BASE_: https://example.org/evil.yaml", "must name a local file"),
+        ("_BASE_: file:///etc/evil.yaml", "must name a local file"),
+        ("_BASE_: [mine.yaml]", "is its own _BASE_"),
+        ("_BASE_: there/../mine.yaml", "is its own _BASE_"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml: no such config file .*_BASE_ of mine.yaml"),
+        ("_BASE_: there", "there: no such config file"),
+        ("_BASE_: 3", "must name a local file, not 3"),
+        ("_BASE_: [[]]", "must name a local file"),
+        ("- a\n- b", "holds a list"),
+        ("just words", "holds a str"),
+        ("a: &a [*a]", "mine.yaml: "),
+        ("SEED: 2020-01-01", "mine.yaml: .*not a valid type"),
+        ("a: " + "[" * 3000, "cannot be read as YAML"),
+        ("\0", "cannot be read as YAML"),
+        ("? [1, 2]\n: 3", "mine.yaml: "),
+        ("1: 2", "mine.yaml: "),
+        ("MODEL: 3", "mine.yaml: "),
+    ],
+)
 def test_what_is_no_config_ends_in_one_line(tmp_path, content, message):
     (tmp_path / "there").mkdir()
     path = tmp_path / "mine.yaml"

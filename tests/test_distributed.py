@@ -1,4 +1,5 @@
 """Two processes on the CPU: they learn the same weights, and evaluate as one process does."""
+
 import json
 
 import pytest
@@ -16,16 +17,19 @@ OPTIONS = ["SOLVER.MAX_ITER", "3", "SEMI.UNLABELED_PER_BATCH", "2", "SEMI.BURN_I
 
 
 def train(rank, rendezvous, out):
-    """One of two processes; writes what it has learnt."""
+    """One of two processes; writes what it has learned."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     args = train_net.parser().parse_args([*CONFIG, *TINY, *OPTIONS, "OUTPUT_DIR", out])
     trainer = SemiSupervisedTrainer(train_net.setup(args))
     trainer.train()
-    state = {"student": trainer.student.state_dict(), "teacher": trainer.teacher.model.state_dict(),
-             "hooks": [hook.state_dict() for hook in trainer._hooks if hasattr(hook, "filters")],
-             "seen": [x["file_name"] for x in trainer.batch["labeled"]]}
+    state = {
+        "student": trainer.student.state_dict(),
+        "teacher": trainer.teacher.model.state_dict(),
+        "hooks": [hook.state_dict() for hook in trainer._hooks if hasattr(hook, "filters")],
+        "seen": [x["file_name"] for x in trainer.batch["labeled"]],
+    }
     torch.save(state, f"{out}/rank{rank}.pth")
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,5 @@
 """With the linear classifier the network is Mask2Former: same names, same numbers (reference outputs in ../shared)."""
+
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -6,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from hiervl.modeling.classifier import LinearClassifier
 from hiervl.losses.criterion import dice_loss, sigmoid_ce_loss
 from hiervl.modeling.dual_query_decoder import QueryDecoder
-from hiervl.modeling.inference import ClassScores
+from hiervl.modeling.inference import ClassScoreHead
 from hiervl.losses.matcher import dice_cost, sigmoid_ce_cost
 from hiervl.modeling.pixel_decoder import PixelDecoder
 
@@ -26,19 +27,32 @@ def settings(reference):
 
 
 def build_pixel_decoder(settings):
-    shapes = {name: ShapeSpec(channels=settings["channels"][name], stride=settings["strides"][name])
-              for name in settings["channels"]}
-    return PixelDecoder(shapes, conv_dim=settings["conv_dim"], mask_dim=settings["mask_dim"],
-                        num_layers=settings["enc_layers"], num_heads=settings["nheads"], num_points=4,
-                        feedforward_dim=settings["enc_ffn"])
+    shapes = {
+        name: ShapeSpec(channels=settings["channels"][name], stride=settings["strides"][name])
+        for name in settings["channels"]
+    }
+    return PixelDecoder(
+        shapes,
+        conv_dim=settings["conv_dim"],
+        mask_dim=settings["mask_dim"],
+        num_layers=settings["enc_layers"],
+        num_heads=settings["nheads"],
+        num_points=4,
+        feedforward_dim=settings["enc_ffn"],
+    )
 
 
 def build_decoder(settings):
-    return QueryDecoder(memory_dim=settings["conv_dim"], mask_dim=settings["mask_dim"],
-                        hidden_dim=settings["conv_dim"], num_queries=settings["num_queries"],
-                        num_heads=settings["nheads"], num_layers=settings["dec_layers"],
-                        feedforward_dim=settings["dec_ffn"],
-                        classifier=LinearClassifier(settings["conv_dim"], settings["num_classes"]))
+    return QueryDecoder(
+        memory_dim=settings["conv_dim"],
+        mask_dim=settings["mask_dim"],
+        hidden_dim=settings["conv_dim"],
+        num_queries=settings["num_queries"],
+        num_heads=settings["nheads"],
+        num_layers=settings["dec_layers"],
+        feedforward_dim=settings["dec_ffn"],
+        classifier=LinearClassifier(settings["conv_dim"], settings["num_classes"]),
+    )
 
 
 def test_pixel_decoder(reference, settings):
@@ -59,13 +73,15 @@ def test_decoder_every_output(reference, settings):
     expected = [*reference["aux_outputs"], {k: reference[k] for k in ("pred_logits", "pred_masks")}]
     for prediction, target in zip(own, expected, strict=True):
         torch.testing.assert_close(prediction.class_logits, target["pred_logits"], **TOLERANCE)
-        torch.testing.assert_close(prediction.masks(reference["mask_features"]), target["pred_masks"], **TOLERANCE)
+        torch.testing.assert_close(
+            prediction.mask_logits(reference["mask_features"]), target["pred_masks"], **TOLERANCE
+        )
 
 
 def test_semantic_inference(reference):
     masks = reference["pred_masks"]
-    evidence = ClassScores()(reference["pred_logits"], masks.flatten(2)).unflatten(2, masks.shape[2:])
-    torch.testing.assert_close(evidence.detach(), reference["semantic"], **TOLERANCE)
+    class_scores = ClassScoreHead()(reference["pred_logits"], masks.flatten(2)).unflatten(2, masks.shape[2:])
+    torch.testing.assert_close(class_scores.detach(), reference["semantic"], **TOLERANCE)
 
 
 def test_losses_and_costs(reference):

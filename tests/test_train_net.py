@@ -1,15 +1,39 @@
 """The command line: a user's mistake ends in one line that names the file or key and the way out."""
+
 import pytest
 from detectron2.data import MetadataCatalog
 
 import train_net
 from hiervl.data.shapes import generate
 
-TINY = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.TIMM.NAME", "lcnet_050", "MODEL.PIXEL_DECODER.CONV_DIM", "32",
-        "MODEL.PIXEL_DECODER.MASK_DIM", "32", "MODEL.DECODER.HIDDEN_DIM", "32", "MODEL.DECODER.NUM_QUERIES", "20",
-        "MODEL.CRITERION.NUM_POINTS", "128",
-        "DATASETS.SPLIT", "shapes/splits/seed0/4", "INPUT.CROP_SIZE", "(64, 64)", "SOLVER.IMS_PER_BATCH", "2",
-        "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.LOG_PERIOD", "1"]
+TINY = [
+    "MODEL.DEVICE",
+    "cpu",
+    "MODEL.BACKBONE.TIMM.NAME",
+    "lcnet_050",
+    "MODEL.PIXEL_DECODER.CONV_DIM",
+    "32",
+    "MODEL.PIXEL_DECODER.MASK_DIM",
+    "32",
+    "MODEL.DECODER.HIDDEN_DIM",
+    "32",
+    "MODEL.DECODER.NUM_QUERIES",
+    "20",
+    "MODEL.CRITERION.NUM_POINTS",
+    "128",
+    "DATASETS.SPLIT",
+    "shapes/splits/seed0/4",
+    "INPUT.CROP_SIZE",
+    "(64, 64)",
+    "SOLVER.IMS_PER_BATCH",
+    "2",
+    "SOLVER.MAX_ITER",
+    "2",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "2",
+    "SOLVER.LOG_PERIOD",
+    "1",
+]
 
 
 @pytest.fixture
@@ -21,8 +45,11 @@ def root(tmp_path, monkeypatch):
 
 def call(root, *overrides, flags=()):
     output = ["OUTPUT_DIR", str(root.parent / "run")]
-    return train_net.main(train_net.parser().parse_args(
-        ["--config-file", "configs/shapes_supervised.yaml", *flags, *TINY, *output, *overrides]))
+    return train_net.main(
+        train_net.parser().parse_args(
+            ["--config-file", "configs/shapes_supervised.yaml", *flags, *TINY, *output, *overrides]
+        )
+    )
 
 
 def mistake(capsys, root, *overrides, flags=()):
@@ -59,27 +86,41 @@ def test_classes_that_do_not_fit(capsys, root):
     assert "unheard of" in mistake(capsys, root, flags=["--eval-only", "--classes", given])
 
 
-@pytest.mark.parametrize("overrides, expected", [
-    (("SOLVER.MAXITER", "5"), "SOLVER.MAXITER; did you mean SOLVER.MAX_ITER"),
-    (("DATASETS.SPLIT", "shapes/splits/seed9/4"), "seed9"),
-    (("DATASETS.TRAIN", "('shaqes_train',)"), "shaqes_train"),
-    (("MODEL.TEXT.EMBEDDINGS", "none.npz"), "none.npz: no such embeddings file"),
-    (("MODEL.BACKBONE.WEIGHTS", "none.pth"), "none.pth: no such weights file (MODEL.BACKBONE.WEIGHTS)"),
-    (("MODEL.WEIGHTS", "none.pth"), "none.pth: no such checkpoint"),
-    (("SEMI.FILTERS", "('sure',)"), "SEMI.FILTERS: no filter called 'sure'"),
-    (("MODEL.DECODER.CLASSIFIER", "cosine"), "MODEL.DECODER.CLASSIFIER: 'cosine'"),
-    (("TEST.MODE", "tiles"), "TEST.MODE: 'tiles'"),
-    (("MODEL.CRITERION.SEGMENTS", "blobs"), "MODEL.CRITERION.SEGMENTS: 'blobs'"),
-    (("MODEL.CRITERION.SEMANTIC_MATCHING", "free"), "MODEL.CRITERION.SEMANTIC_MATCHING: 'free'"),
-    (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian", "MODEL.CRITERION.SEGMENTS", "class_regions"),
-     "MODEL.CRITERION.SEGMENTS to components"),
-    (("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian", "MODEL.CRITERION.SEGMENTS", "components",
-      "MODEL.DECODER.SEMANTIC", "False"), "MODEL.DECODER.SEMANTIC is False"),
-    (("MODEL.CRITERION.IMPORTANCE_RATIO", "1.5"), "MODEL.CRITERION.IMPORTANCE_RATIO is 1.5"),
-    (("SEMI.FEATURE_DROPOUT", "1.0"), "SEMI.FEATURE_DROPOUT is 1.0"),
-    (("MODEL.TEXT.CONTROL", "random", "MODEL.DECODER.CLASSIFIER", "linear"), "MODEL.TEXT.CONTROL"),
-    (("MODEL.TEXT.CONTROL", "random", "MODEL.TEXT.CONTEXT_TOKENS", "2"), "MODEL.TEXT.CONTROL"),
-])
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (("SOLVER.MAXITER", "5"), "SOLVER.MAXITER; did you mean SOLVER.MAX_ITER"),
+        (("DATASETS.SPLIT", "shapes/splits/seed9/4"), "seed9"),
+        (("DATASETS.TRAIN", "('shaqes_train',)"), "shaqes_train"),
+        (("MODEL.TEXT.EMBEDDINGS", "none.npz"), "none.npz: no such embeddings file"),
+        (("MODEL.BACKBONE.WEIGHTS", "none.pth"), "none.pth: no such weights file (MODEL.BACKBONE.WEIGHTS)"),
+        (("MODEL.WEIGHTS", "none.pth"), "none.pth: no such checkpoint"),
+        (("SEMI.FILTERS", "('sure',)"), "SEMI.FILTERS: no filter called 'sure'"),
+        (("MODEL.DECODER.CLASSIFIER", "cosine"), "MODEL.DECODER.CLASSIFIER: 'cosine'"),
+        (("TEST.MODE", "tiles"), "TEST.MODE: 'tiles'"),
+        (("MODEL.CRITERION.SEGMENTS", "blobs"), "MODEL.CRITERION.SEGMENTS: 'blobs'"),
+        (("MODEL.CRITERION.SEMANTIC_MATCHING", "free"), "MODEL.CRITERION.SEMANTIC_MATCHING: 'free'"),
+        (
+            ("MODEL.CRITERION.SEMANTIC_MATCHING", "hungarian", "MODEL.CRITERION.SEGMENTS", "class_regions"),
+            "MODEL.CRITERION.SEGMENTS to components",
+        ),
+        (
+            (
+                "MODEL.CRITERION.SEMANTIC_MATCHING",
+                "hungarian",
+                "MODEL.CRITERION.SEGMENTS",
+                "components",
+                "MODEL.DECODER.SEMANTIC",
+                "False",
+            ),
+            "MODEL.DECODER.SEMANTIC is False",
+        ),
+        (("MODEL.CRITERION.IMPORTANCE_RATIO", "1.5"), "MODEL.CRITERION.IMPORTANCE_RATIO is 1.5"),
+        (("SEMI.FEATURE_DROPOUT", "1.0"), "SEMI.FEATURE_DROPOUT is 1.0"),
+        (("MODEL.TEXT.ABLATION", "random", "MODEL.DECODER.CLASSIFIER", "linear"), "MODEL.TEXT.ABLATION"),
+        (("MODEL.TEXT.ABLATION", "random", "MODEL.TEXT.CONTEXT_TOKENS", "2"), "MODEL.TEXT.ABLATION"),
+    ],
+)
 def test_wrong_config(capsys, root, overrides, expected):
     assert expected in mistake(capsys, root, *overrides)
 
@@ -100,6 +141,7 @@ def test_an_image_without_its_mask(capsys, root):
 
 def test_weights_of_another_shape(capsys, root):
     call(root)
-    message = mistake(capsys, root, "MODEL.WEIGHTS", str(root.parent / "run" / "model_final.pth"),
-                      "MODEL.DECODER.NUM_QUERIES", "7")
+    message = mistake(
+        capsys, root, "MODEL.WEIGHTS", str(root.parent / "run" / "model_final.pth"), "MODEL.DECODER.NUM_QUERIES", "7"
+    )
     assert "model_final.pth" in message and "query_feat.weight has shape (20, 32)" in message

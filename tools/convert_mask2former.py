@@ -1,4 +1,4 @@
-"""Turn an official Mask2Former checkpoint into an initialisation for HierVL.
+"""Turn an official Mask2Former checkpoint into an initialization for HierVL.
 
     python tools/convert_mask2former.py model_final.pkl mask2former.pth --config-file configs/coco_232_r50.yaml
     python train_net.py --config-file configs/coco_232_r50.yaml MODEL.WEIGHTS mask2former.pth
@@ -7,6 +7,7 @@ With --config-file the weights are compared with that config's network: what has
 left out and listed. Without it they are renamed only. The class head is for Mask2Former's own classes: it is kept for
 MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier), never for text.
 """
+
 import argparse
 import collections
 import os
@@ -19,13 +20,18 @@ from hiervl.errors import UserError, exit_status
 from hiervl.ownership import OutputFolder
 from hiervl.pickled_arrays import is_array, read_pickled_arrays
 
-PREFIXES = {"backbone.": "backbone.", "sem_seg_head.pixel_decoder.": "pixel_decoder.",
-            "sem_seg_head.predictor.": "decoder."}
+PREFIXES = {
+    "backbone.": "backbone.",
+    "sem_seg_head.pixel_decoder.": "pixel_decoder.",
+    "sem_seg_head.predictor.": "decoder.",
+}
 CLASS_HEAD = "decoder.class_embed."
 # Weights that every Mask2Former has, and what has them not.
-LANDMARKS = {"decoder.transformer_cross_attention_layers.0.multihead_attn.in_proj_weight": "masked-attention decoder",
-             "pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.weight":
-                 "deformable-attention pixel decoder"}
+LANDMARKS = {
+    "decoder.transformer_cross_attention_layers.0.multihead_attn.in_proj_weight": "masked-attention decoder",
+    "pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.weight": "deformable-attention "
+    "pixel decoder",
+}
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -36,8 +42,11 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     """
     state = read_pickled_arrays(path) if path.endswith(".pkl") else read_state(path, "the file to convert")
     state = state.get("model", state) if isinstance(state, dict) else {}
-    weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state.items()
-               if is_array(value) or isinstance(value, torch.Tensor)}
+    weights = {
+        name.removeprefix("module."): torch.as_tensor(value)
+        for name, value in state.items()
+        if is_array(value) or isinstance(value, torch.Tensor)
+    }
     if not weights:
         raise UserError(f"{path}: holds no weights.")
     return weights
@@ -45,8 +54,9 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 def new_name(name: str) -> str | None:
     """HierVL's name of a weight of Mask2Former, None when it has no place."""
-    if name.startswith("sem_seg_head.") and not name.startswith(("sem_seg_head.predictor.",
-                                                                 "sem_seg_head.pixel_decoder.")):
+    if name.startswith("sem_seg_head.") and not name.startswith(
+        ("sem_seg_head.predictor.", "sem_seg_head.pixel_decoder.")
+    ):
         name = name.replace("sem_seg_head.", "sem_seg_head.pixel_decoder.", 1)  # before it became a module of its own
     for old, new in PREFIXES.items():
         if name.startswith(old):
@@ -69,8 +79,9 @@ def convert(weights: dict, path: str) -> tuple[dict, list[str]]:
     result = {new: weights[name] for name, new in names.items() if new}
     for landmark, what in LANDMARKS.items():
         if landmark not in result:
-            raise UserError(f"{path}: not a checkpoint of Mask2Former: no {what} in it (its first weight is "
-                            f"{next(iter(weights))}).")
+            raise UserError(
+                f"{path}: not a checkpoint of Mask2Former: no {what} in it (its first weight is {next(iter(weights))})."
+            )
     return result, [name for name, new in names.items() if not new]
 
 
@@ -88,7 +99,8 @@ def fit(result: dict, network: torch.nn.Module, keep_classifier: bool):
             left_out["not in this config's network"].append(name)
         elif own[name].shape != value.shape:
             left_out["of another shape in this config's network"].append(
-                f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}")
+                f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+            )
         else:
             fitting[name] = value
     return fitting, left_out, [name for name in own if name not in fitting]
@@ -113,8 +125,10 @@ def run(args):
         result, more, absent = fit(result, *build_network(args))
         left_out.update(more)
         if not any(landmark in result for landmark in LANDMARKS):
-            raise UserError(f"{args.input}: neither of its decoders fits the network of {args.config_file}; use a "
-                            "config with Mask2Former's sizes (CONV_DIM, HIDDEN_DIM 256).")
+            raise UserError(
+                f"{args.input}: neither of its decoders fits the network of {args.config_file}; use a "
+                "config with Mask2Former's sizes (CONV_DIM, HIDDEN_DIM 256)."
+            )
     elif not args.keep_classifier:
         left_out["class head"] = [name for name in result if name.startswith(CLASS_HEAD)]
         result = {name: value for name, value in result.items() if not name.startswith(CLASS_HEAD)}
@@ -128,20 +142,21 @@ def build_network(args):
     """The config's network, and whether its classifier is Mask2Former's."""
     from detectron2.modeling import build_model
 
-
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     return build_model(cfg), cfg.MODEL.DECODER.CLASSIFIER == "linear"
 
 
 def report(path, result, left_out, absent):
-    parts = ", ".join(f"{part} {sum(name.startswith(part + '.') for name in result)}"
-                      for part in ("backbone", "pixel_decoder", "decoder"))
+    parts = ", ".join(
+        f"{part} {sum(name.startswith(part + '.') for name in result)}"
+        for part in ("backbone", "pixel_decoder", "decoder")
+    )
     print(f"{path}: {len(result)} weights ({parts})")
     for reason, names in left_out.items():
         if names:
             print(f"left out, {reason}: {len(names)} ({_few(names)})")
     if absent:
-        print(f"not in the file, so initialised anew: {len(absent)} ({_few(absent)})")
+        print(f"not in the file, so initialized anew: {len(absent)} ({_few(absent)})")
 
 
 def _few(names):

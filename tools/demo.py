@@ -9,6 +9,7 @@ and x.png become x_jpg and x_png, a/x.jpg and b/x.jpg become a_x_jpg and b_x_jpg
 
 Never writes onto an image of --input, nor onto a file that it did not make (out/.hiervl-made lists those it made).
 """
+
 import collections
 import colorsys
 import glob
@@ -45,10 +46,10 @@ class Segmenter:
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         self.network = trained.load(cfg, model)
         self.mapper = TestMapper(cfg)
-        self.network.protocol.kept_only = False
+        self.network.protocol.selected_only = False
         if classes:
             self.network.set_classes(classes)
-            # Fixed colours, far apart in hue, for classes that no table knows.
+            # Fixed colors, far apart in hue, for classes that no table knows.
             colors = [[int(255 * c) for c in colorsys.hsv_to_rgb(0.618 * k % 1, 0.8, 0.9)] for k in range(len(classes))]
             self.metadata = Metadata(stuff_classes=classes, stuff_colors=colors)
 
@@ -67,12 +68,12 @@ class Segmenter:
 
     def overlay(self, image: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Draw regions and class names over an RGB image; returns RGB, a small image enlarged so that its names fit."""
-        drawing = Visualizer(image, self.metadata, scale=max(1.0, _READABLE / min(image.shape[:2])),
-                             instance_mode=ColorMode.IMAGE)
+        drawing = Visualizer(
+            image, self.metadata, scale=max(1.0, _READABLE / min(image.shape[:2])), instance_mode=ColorMode.IMAGE
+        )
         known = label < len(self.metadata.stuff_classes)
         shown = np.where(known, label.astype(np.int64), len(self.metadata.stuff_classes))
-        return drawing.draw_sem_seg(shown, area_threshold=image.shape[0] * image.shape[1] // 400,
-                                    alpha=0.5).get_image()
+        return drawing.draw_sem_seg(shown, area_threshold=image.shape[0] * image.shape[1] // 400, alpha=0.5).get_image()
 
 
 def write(path: str, image: np.ndarray) -> None:

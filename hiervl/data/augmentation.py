@@ -1,6 +1,6 @@
-"""The strong view: colour changes that leave every pixel where it is.
+"""The strong view: color changes that leave every pixel where it is.
 
-Jitter, grey and blur with the strengths of UniMatch, plus CutMix boxes. Images
+Jitter, gray and blur with the strengths of UniMatch, plus CutMix boxes. Images
 are uint8 (H, W, 3) RGB; brightness, contrast and hue of a uint8 image are
 look-up tables, which makes a view cost about a millisecond at 256 x 256. All
 randomness comes from the given generator.
@@ -19,30 +19,30 @@ def strong_view(
     rng: np.random.Generator,
     jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25),
     jitter_prob: float = 0.8,
-    grey_prob: float = 0.2,
+    gray_prob: float = 0.2,
     blur_prob: float = 0.5,
     blur_sigma: tuple[float, float] = (0.1, 2.0),
 ) -> np.ndarray:
-    """A randomly recoloured and blurred copy of ``image``.
+    """A randomly recolored and blurred copy of ``image``.
 
     Args:
         image: uint8 (H, W, 3) RGB; not changed.
         jitter: largest change of brightness, contrast and saturation (factors
-            in 1 +- j) and of hue (turns of the colour circle, +- j).
-        jitter_prob, grey_prob, blur_prob: how often each step happens.
+            in 1 +- j) and of hue (turns of the color circle, +- j).
+        jitter_prob, gray_prob, blur_prob: how often each step happens.
         blur_sigma: range of the blur's standard deviation, pixels.
     """
     if rng.random() < jitter_prob:
-        image = colour_jitter(image, rng, *jitter)
-    if rng.random() < grey_prob:
-        image = _grey(image)
+        image = color_jitter(image, rng, *jitter)
+    if rng.random() < gray_prob:
+        image = _gray(image)
     if rng.random() < blur_prob:
         # Size 0: OpenCV picks the kernel from sigma.
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*blur_sigma))
     return image.copy()
 
 
-def colour_jitter(
+def color_jitter(
     image: np.ndarray,
     rng: np.random.Generator,
     brightness: float,
@@ -69,18 +69,18 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """factor 0 is the image's mean grey everywhere, 1 the image."""
+    """factor 0 is the image's mean gray everywhere, 1 the image."""
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     return cv2.LUT(image, _table((_LEVELS - mean) * factor + mean))
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """factor 0 is the grey image, 1 the image."""
-    return cv2.addWeighted(image, factor, _grey(image), 1 - factor, 0)
+    """factor 0 is the gray image, 1 the image."""
+    return cv2.addWeighted(image, factor, _gray(image), 1 - factor, 0)
 
 
 def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
-    """Turns the colour circle: 0 is the image, 0.5 its complementary colours."""
+    """Turns the color circle: 0 is the image, 0.5 its complementary colors."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 0..255
     shift = round(turns * 256)
     hsv[..., 0] = cv2.LUT(hsv[..., 0], np.roll(_LEVELS, -shift).astype(np.uint8))
@@ -119,7 +119,7 @@ def cutmix_box(
     return y0, x0, y0 + box_h, x0 + box_w
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def _gray(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 

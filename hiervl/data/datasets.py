@@ -2,7 +2,7 @@
 
 The tables of the known data sets stand in ``hiervl/data/tables``; a folder of one's own brings its table along
 (``<data root>/*/dataset.yaml``, written by ``datasets/prepare_folder.py``). Importing this module registers every
-part of every table in Detectron2's catalogues. That reads the tables alone; lists and images are touched when a
+part of every table in Detectron2's catalogs. That reads the tables alone; lists and images are touched when a
 part is asked for, so that no data set need be there at import.
 """
 
@@ -137,7 +137,7 @@ def check_dataset(
     sample: int | None = None,
     masks: bool = True,
     instances: bool = False,
-    most_classes: int | None = None,
+    max_classes: int | None = None,
 ) -> None:
     """Stops at the first thing that would stop, or silently spoil, a run hours later.
 
@@ -145,9 +145,9 @@ def check_dataset(
         index: the images.
         num_classes: valid ids are 0 to num_classes - 1 and ``ignore_label``.
         sample: look at this many images, evenly spaced; None: at all.
-        masks: also open the masks. False for unlabelled images, whose masks are never opened.
+        masks: also open the masks. False for unlabeled images, whose masks are never opened.
         instances: also ask for the instance maps.
-        most_classes: so many classes may an image show (MODEL.HSQG.KEEP); None: any number.
+        max_classes: so many classes may an image show (MODEL.HSQG.TOP_K); None: any number.
 
     Raises:
         UserError: the root, an image or a mask is missing or broken; image and mask differ in size; a mask
@@ -160,13 +160,14 @@ def check_dataset(
         record = index[i]
         size = image_size(record["file_name"])
         if masks:
-            _check_mask(record, size, num_classes, ignore_label, most_classes or num_classes)
+            _check_mask(record, size, num_classes, ignore_label, max_classes or num_classes)
         if instances:
             _check_instances(record, size)
 
 
-def check_label(label: np.ndarray, mask: str, image: str, size: tuple[int, int], num_classes: int,
-                ignore_label: int) -> None:
+def check_label(
+    label: np.ndarray, mask: str, image: str, size: tuple[int, int], num_classes: int, ignore_label: int
+) -> None:
     """A label map (H, W) has its image's ``size`` and no id but class ids and the ignore label, or UserError."""
     if label.shape != size:
         raise UserError(
@@ -191,17 +192,19 @@ def count_pixels(index: PackedIndex, num_classes: int) -> np.ndarray:
     return counts
 
 
-def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_label: int, most_classes: int) -> None:
+def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_label: int, max_classes: int) -> None:
     if "sem_seg_file_name" not in record:
         raise UserError(f"{record['file_name']} has no mask in its list; write 'image mask' on its line")
     mask = record["sem_seg_file_name"]
     label = read_label(mask)
     check_label(label, mask, record["file_name"], size, num_classes, ignore_label)
-    if most_classes < num_classes:
+    if max_classes < num_classes:
         shown = len(np.setdiff1d(label, [ignore_label]))
-        if shown > most_classes:
-            raise UserError(f"{mask} shows {shown} classes, but MODEL.HSQG.KEEP is {most_classes}; keep at least as "
-                            "many as an image can show")
+        if shown > max_classes:
+            raise UserError(
+                f"{mask} shows {shown} classes, but MODEL.HSQG.TOP_K is {max_classes}; keep at least as "
+                "many as an image can show"
+            )
 
 
 def _check_instances(record: dict, size: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
 def read_image(path: str) -> np.ndarray:
     """Decodes an image to RGB, upright (EXIF orientation applied).
 
-    PIL, not OpenCV: for a truncated file OpenCV returns a picture with a grey
+    PIL, not OpenCV: for a truncated file OpenCV returns a picture with a gray
     lower part, PIL raises.
 
     Returns:
@@ -35,13 +35,13 @@ def read_label(path: str) -> np.ndarray:
         uint8 (H, W), or int32 where the file has 16 or 32 bits.
 
     Raises:
-        UserError: missing, truncated, not an image, or a colour image.
+        UserError: missing, truncated, not an image, or a color image.
     """
     with _opened(path) as image:
         if image.mode not in ("P", "L", "1") and image.mode[0] != "I":
             raise UserError(
-                f"mask {path} is a colour image (mode {image.mode}); class ids are expected, "
-                "as an indexed or greyscale PNG"
+                f"mask {path} is a color image (mode {image.mode}); class ids are expected, "
+                "as an indexed or grayscale PNG"
             )
         label = np.array(ImageOps.exif_transpose(image))
     return label.astype(np.uint8 if label.dtype in (np.uint8, np.bool_) else np.int32)

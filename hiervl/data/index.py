@@ -1,6 +1,6 @@
 """The list of a data set's images, as packed bytes.
 
-Unlabelled pools have up to 10^7 images. One Python object per image would cost
+Unlabeled pools have up to 10^7 images. One Python object per image would cost
 gigabytes, and in forked workers every reference count written to it would copy
 its page. Here the whole list is one ``bytes`` and one array of offsets.
 """
@@ -82,8 +82,8 @@ class PackedIndex(Sequence):
             for number, image, mask in _read_lines(path):
                 if need_mask and not mask:
                     raise UserError(
-                        f"{path}, line {number}: labelled image '{image}' has no mask; "
-                        "write 'image mask', or move the line to the unlabelled list"
+                        f"{path}, line {number}: labeled image '{image}' has no mask; "
+                        "write 'image mask', or move the line to the unlabeled list"
                     )
                 numbers.append(number)
                 hashes.append(hash(image))

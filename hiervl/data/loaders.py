@@ -25,14 +25,14 @@ from .randomness import rng
 from .rare_class import RareClassSampler
 from .splits import load_split
 
-_SPOT_CHECK = 64  # unlabelled images looked at when training starts
+_SPOT_CHECK = 64  # unlabeled images looked at when training starts
 _TEST_CHECK = 1000  # images and masks looked at before evaluation; the evaluator meets the rest
 
 
 class SemiSupervisedBatches(Dataset):
     """``batches[iteration]`` -> ``{"labeled": [sample], "unlabeled": [sample]}`` of one rank.
 
-    Labelled samples are those of :meth:`TrainMapper.labeled`, unlabelled ones those of
+    Labeled samples are those of :meth:`TrainMapper.labeled`, unlabeled ones those of
     :meth:`TrainMapper.unlabeled` with
 
     - ``cutmix_box``: per strong view (y0, x0, y1, x1) or None. Strong views come *before* CutMix: the trainer
@@ -57,7 +57,7 @@ class SemiSupervisedBatches(Dataset):
         unlabeled_per_batch: int = 0,
         strong_views: int = 1,
         cutmix_prob: float = 0.5,
-        measure: bool = False,
+        with_truth: bool = False,
         rare_class: RareClassSampler | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -68,11 +68,11 @@ class SemiSupervisedBatches(Dataset):
             mapper: makes the samples.
             seed: of every draw.
             max_iter: number of items.
-            labeled_per_batch, unlabeled_per_batch: global, over all ranks; 0 unlabelled is supervised.
-            strong_views: per unlabelled sample.
+            labeled_per_batch, unlabeled_per_batch: global, over all ranks; 0 unlabeled is supervised.
+            strong_views: per unlabeled sample.
             cutmix_prob: how often a strong view has a box.
-            measure: add the masks of unlabelled images, where there are any, for logging.
-            rare_class: draws the labelled images instead of the epoch's order.
+            with_truth: add the masks of unlabeled images, where there are any, for logging.
+            rare_class: draws the labeled images instead of the epoch's order.
             rank, world_size: this process and their number.
         """
         sizes = {"SOLVER.IMS_PER_BATCH": labeled_per_batch, "SEMI.UNLABELED_PER_BATCH": unlabeled_per_batch}
@@ -80,11 +80,11 @@ class SemiSupervisedBatches(Dataset):
             if count % world_size or count < 0:
                 raise UserError(f"{key} is {count}; it must be a multiple of the {world_size} processes")
         if not len(labeled) or (unlabeled_per_batch and not len(unlabeled)):
-            raise UserError(f"nothing to train on: {len(labeled)} labelled and {len(unlabeled)} unlabelled images")
+            raise UserError(f"nothing to train on: {len(labeled)} labeled and {len(unlabeled)} unlabeled images")
         self.labeled, self.unlabeled, self.mapper = labeled, unlabeled, mapper
         self.seed, self.max_iter = seed, max_iter
         self.labeled_per_batch, self.unlabeled_per_batch = labeled_per_batch, unlabeled_per_batch
-        self.strong_views, self.cutmix_prob, self.measure = strong_views, cutmix_prob, measure
+        self.strong_views, self.cutmix_prob, self.with_truth = strong_views, cutmix_prob, with_truth
         self.rare_class = rare_class
         self.rank, self.world_size = rank, world_size
 
@@ -99,8 +99,13 @@ class SemiSupervisedBatches(Dataset):
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
         mapper = TrainMapper(cfg, ignore_label=ignore, first_instance=table_of(cfg.DATASETS.TRAIN[0]).first_instance)
-        check_dataset(labeled, num_classes, ignore, instances=mapper.instances,
-                      most_classes=cfg.MODEL.HSQG.KEEP if cfg.MODEL.HSQG.ENABLED else None)
+        check_dataset(
+            labeled,
+            num_classes,
+            ignore,
+            instances=mapper.instances,
+            max_classes=cfg.MODEL.HSQG.TOP_K if cfg.MODEL.HSQG.ENABLED else None,
+        )
         _check_apart(labeled, cfg)
         if cfg.SEMI.UNLABELED_PER_BATCH:
             check_dataset(unlabeled, num_classes, ignore, sample=_SPOT_CHECK, masks=False)
@@ -115,7 +120,7 @@ class SemiSupervisedBatches(Dataset):
             "unlabeled_per_batch": cfg.SEMI.UNLABELED_PER_BATCH,
             "strong_views": cfg.SEMI.STRONG_VIEWS,
             "cutmix_prob": cfg.SEMI.CUTMIX_PROB,
-            "measure": cfg.SEMI.MEASURE,
+            "with_truth": cfg.SEMI.LOG_PSEUDO_LABEL_ACCURACY,
             "rare_class": RareClassSampler(count_pixels(labeled, num_classes), rare.TEMPERATURE, rare.MIN_PIXELS)
             if rare.ENABLED
             else None,
@@ -162,7 +167,7 @@ class SemiSupervisedBatches(Dataset):
     def _unlabeled(self, iteration: int, slot: int) -> dict:
         record = self._pick(self.unlabeled, iteration * self.unlabeled_per_batch + slot, "unlabeled/order")
         strong = [rng(self.seed, iteration, slot, f"unlabeled/strong{v}") for v in range(self.strong_views)]
-        return self.mapper.unlabeled(record, rng(self.seed, iteration, slot, "unlabeled/crop"), strong, self.measure)
+        return self.mapper.unlabeled(record, rng(self.seed, iteration, slot, "unlabeled/crop"), strong, self.with_truth)
 
     def _boxes(self, iteration: int, slot: int) -> list[tuple[int, int, int, int] | None]:
         return [
@@ -203,7 +208,7 @@ def _split_from_config(cfg):
 
 
 def _check_apart(labeled: PackedIndex, cfg) -> None:
-    """No labelled image is also evaluated on, unless the training part itself is (a look at the training error)."""
+    """No labeled image is also evaluated on, unless the training part itself is (a look at the training error)."""
     files = {record["file_name"] for record in labeled}
     for name in cfg.DATASETS.TEST:
         if name in cfg.DATASETS.TRAIN or table_of(name) != table_of(cfg.DATASETS.TRAIN[0]):
@@ -212,7 +217,7 @@ def _check_apart(labeled: PackedIndex, cfg) -> None:
         both = next((record["image_id"] for record in index if record["file_name"] in files), None)
         if both is not None:
             raise UserError(
-                f"'{both}' is labelled in the split {cfg.DATASETS.SPLIT} and also in {name}, on which DATASETS.TEST "
+                f"'{both}' is labeled in the split {cfg.DATASETS.SPLIT} and also in {name}, on which DATASETS.TEST "
                 "evaluates; remove it from one of the two"
             )
 

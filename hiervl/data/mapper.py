@@ -1,4 +1,4 @@
-"""From a record to tensors: decode, scale, crop, flip, and for unlabelled images the strong views."""
+"""From a record to tensors: decode, scale, crop, flip, and for unlabeled images the strong views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ _TRIES = 10  # how often a crop is re-drawn for its content
 class Geometry:
     """Scale, crop and flip, drawn once and applied alike to image, label and views.
 
-    The crop is cut in the source image and then resized, so that the scaled image is never made.
+    The crop is cut in the source image and then resize_maps, so that the scaled image is never made.
 
     Attributes:
         window: (y, x, height, width) in the source image, pixels.
-        size: (height, width) of the resized window; smaller than the crop where the scaled image is.
+        size: (height, width) of the resize_maps window; smaller than the crop where the scaled image is.
         scale: the factor that was drawn.
         flip: mirror left and right.
     """
@@ -54,7 +54,7 @@ class Geometry:
         return cls((*start, *extent), tuple(size), scale, bool(rng.random() < flip_prob))
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """The window, neither resized nor flipped; a view."""
+        """The window, neither resize_maps nor flipped; a view."""
         y, x, height, width = self.window
         return array[y : y + height, x : x + width]
 
@@ -89,7 +89,7 @@ class TrainMapper:
         ignore_label: int = 255,
         cat_max_ratio: float = 1.0,
         jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25),
-        grey_prob: float = 0.2,
+        gray_prob: float = 0.2,
         instances: bool = False,
         first_instance: int = 1,
     ) -> None:
@@ -99,10 +99,10 @@ class TrainMapper:
             scale_range: smallest and largest factor on the image's size.
             flip_prob: how often a sample is mirrored.
             ignore_label: label of pixels without a class, and of padding.
-            jitter, grey_prob: strength of the strong views, see augmentation.strong_view.
-            cat_max_ratio: a labelled crop of which one class covers more than this share is drawn again
+            jitter, gray_prob: strength of the strong views, see augmentation.strong_view.
+            cat_max_ratio: a labeled crop of which one class covers more than this share is drawn again
                 (up to 10 times); 1 is off.
-            instances: labelled samples bring their map of instances.
+            instances: labeled samples bring their map of instances.
             first_instance: smaller values of the maps' files are no single objects.
         """
         if min(crop_size) < 1 or not 0 < scale_range[0] <= scale_range[1] or not 0 < cat_max_ratio <= 1:
@@ -115,7 +115,7 @@ class TrainMapper:
         self.flip_prob = flip_prob
         self.ignore_label = ignore_label
         self.cat_max_ratio = cat_max_ratio
-        self.jitter, self.grey_prob = tuple(jitter), grey_prob
+        self.jitter, self.gray_prob = tuple(jitter), gray_prob
         self.instances, self.first_instance = instances, first_instance
 
     @classmethod
@@ -127,13 +127,13 @@ class TrainMapper:
             "ignore_label": ignore_label,
             "cat_max_ratio": cfg.INPUT.CAT_MAX_RATIO,
             "jitter": cfg.INPUT.COLOR_JITTER,
-            "grey_prob": cfg.INPUT.GREY_PROB,
+            "gray_prob": cfg.INPUT.GRAYSCALE_PROB,
             "instances": cfg.MODEL.CRITERION.SEGMENTS == "instances",
             "first_instance": first_instance,
         }
 
     def labeled(self, record: dict, rng: np.random.Generator, want: tuple[int, int] | None = None) -> dict:
-        """A labelled sample.
+        """A labeled sample.
 
         Args:
             record: with ``file_name`` and ``sem_seg_file_name``, for instances also ``instances_file_name``.
@@ -168,15 +168,15 @@ class TrainMapper:
         record: dict,
         rng: np.random.Generator,
         strong_rngs: Sequence[np.random.Generator],
-        measure: bool = False,
+        with_truth: bool = False,
     ) -> dict:
-        """An unlabelled sample; its mask file is opened only to ``measure``.
+        """An unlabeled sample; its mask file is opened only to ``with_truth``.
 
         Args:
             record: with ``file_name``.
             rng: draws the geometry, which all views share.
             strong_rngs: one generator per strong view.
-            measure: add ``measure_sem_seg`` int64 (h, w) where the record has a mask (for logging only).
+            with_truth: add ``true_sem_seg`` int64 (h, w) where the record has a mask (for logging only).
 
         Returns:
             ``image`` uint8 (3, h, w), the weak view; ``strong``, a list of the same; ``valid`` bool (h, w),
@@ -188,17 +188,17 @@ class TrainMapper:
         sample = {
             **_names(record),
             "image": self._to_tensor(weak),
-            # Recoloured before padding: padding stays 0 and does not bleed in through the blur.
+            # Recolored before padding: padding stays 0 and does not bleed in through the blur.
             "strong": [
-                self._to_tensor(strong_view(weak, r, self.jitter, grey_prob=self.grey_prob)) for r in strong_rngs
+                self._to_tensor(strong_view(weak, r, self.jitter, gray_prob=self.gray_prob)) for r in strong_rngs
             ],
             "valid": self._valid(geometry),
             "padded": geometry.size != self.crop_size,
         }
-        if measure and "sem_seg_file_name" in record:
+        if with_truth and "sem_seg_file_name" in record:
             label = read_label(record["sem_seg_file_name"])
             _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
-            sample["measure_sem_seg"] = self._label_tensor(geometry.apply(label, nearest=True))
+            sample["true_sem_seg"] = self._label_tensor(geometry.apply(label, nearest=True))
         return sample
 
     def _draw(
@@ -243,13 +243,13 @@ class TrainMapper:
 
 
 class TestMapper:
-    """Makes evaluation samples: the whole image, optionally resized; the label is left to the evaluator."""
+    """Makes evaluation samples: the whole image, optionally resize_maps; the label is left to the evaluator."""
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
     @configurable
     def __init__(self, short_side: int = 0) -> None:
-        """Args: ``short_side``: the image's shorter side is resized to so many pixels; 0 keeps its size."""
+        """Args: ``short_side``: the image's shorter side is resize_maps to so many pixels; 0 keeps its size."""
         self.short_side = short_side
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Rare-class sampling of labelled crops."""
+"""Rare-class sampling of labeled crops."""
 
 import numpy as np
 
@@ -9,19 +9,19 @@ class RareClassSampler:
     """Draws a class, rare ones more often, and an image that has it.
 
     The rule of DAFormer (Hoyer et al., CVPR 2022): P(c) = softmax_c((1 - f_c) / T), f_c the class's share of
-    all labelled pixels. Classes without a labelled pixel are never drawn.
+    all labeled pixels. Classes without a labeled pixel are never drawn.
     """
 
     def __init__(self, counts: np.ndarray, temperature: float, min_pixels: int) -> None:
         """
         Args:
-            counts: int (images, classes), pixels of each class in each labelled image.
+            counts: int (images, classes), pixels of each class in each labeled image.
             temperature: T; the smaller, the more often rare classes are drawn.
             min_pixels: images (and, in the mapper, crops) with fewer pixels of the class are avoided.
         """
         totals = counts.sum(axis=0)
         if not totals.any():
-            raise UserError("the labelled masks hold no pixel of any class; rare-class sampling has nothing to draw")
+            raise UserError("the labeled masks hold no pixel of any class; rare-class sampling has nothing to draw")
         if temperature <= 0:
             raise UserError(f"SEMI.RARE_CLASS.TEMPERATURE is {temperature}; it must be positive")
         logits = (1 - totals / totals.sum()) / temperature

@@ -1,9 +1,9 @@
 """`shapes`: a procedural data set, made in seconds from a seed, for the demo and the tests.
 
-Up to five objects per image, which may hide one another, on a background of gradients, noise, strokes and coloured
-patches that belong to no class. A class is a colour and a shape ("red cross"), so that its name means something;
-shades are random and mean nothing. Ragged patches in the objects' own colours lie in the background, so that neither
-colour nor shape alone decides. A tiny network learns this from scratch within a thousand steps if it has labels enough.
+Up to five objects per image, which may hide one another, on a background of gradients, noise, strokes and colored
+patches that belong to no class. A class is a color and a shape ("red cross"), so that its name means something;
+shades are random and mean nothing. Ragged patches in the objects' own colors lie in the background, so that neither
+color nor shape alone decides. A tiny network learns this from scratch within a thousand steps if it has labels enough.
 
 Image i of a part is a function of (seed, part, i): a larger set begins with the smaller one.
 """
@@ -29,7 +29,7 @@ _MANIFEST = "manifest.json"
 _FOLDERS = ("images", "masks", "instances", "splits")
 
 # A shape is where it is True in the square |u|, |v| <= 1 (u to the right, v upwards). A texture is the share of
-# its second colour, 0 to 1, at coordinates with a period of 2 * pi.
+# its second color, 0 to 1, at coordinates with a period of 2 * pi.
 Plane = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SHAPES: dict[str, Plane] = {
     "disc": lambda u, v: u**2 + v**2 < 1,
@@ -45,8 +45,13 @@ TEXTURES: dict[str, Plane] = {
 
 
 # Hue in degrees, and by how much an object's may differ from it.
-COLOURS: dict[str, tuple[float, float]] = {
-    "red": (0, 8), "yellow": (55, 7), "green": (120, 15), "cyan": (182, 9), "blue": (232, 12), "pink": (318, 12),
+COLORS: dict[str, tuple[float, float]] = {
+    "red": (0, 8),
+    "yellow": (55, 7),
+    "green": (120, 15),
+    "cyan": (182, 9),
+    "blue": (232, 12),
+    "pink": (318, 12),
 }
 
 
@@ -56,7 +61,7 @@ def draw_scene(generator: np.random.Generator, size: int, classes: Sequence[str]
     Args:
         generator: draws everything.
         size: height and width, pixels.
-        classes: class names; the first is the background, the others "colour shape".
+        classes: class names; the first is the background, the others "color shape".
 
     Returns:
         image uint8 (size, size, 3) RGB; class ids uint8 (size, size); instances uint8 (size, size), 0 where
@@ -67,19 +72,19 @@ def draw_scene(generator: np.random.Generator, size: int, classes: Sequence[str]
     instances = np.zeros((size, size), np.uint8)
     for number in range(1, int(generator.integers(1, MAX_OBJECTS + 1)) + 1):
         class_id = int(generator.integers(1, len(classes)))
-        colour, shape = classes[class_id].split()
+        color, shape = classes[class_id].split()
         radius = generator.uniform(0.17, 0.29) * size
         place = _free_place(generator, radius, instances)
         if place is None:
             continue
-        covered = _paint(generator, image, SHAPES[shape], colour, radius, place)
+        covered = _paint(generator, image, SHAPES[shape], color, radius, place)
         ids[covered], instances[covered] = class_id, number
     noise = generator.normal(0, generator.uniform(3, 9), image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8), ids, instances
 
 
 def _free_place(generator: np.random.Generator, radius: float, instances: np.ndarray) -> tuple[int, int] | None:
-    """A centre (y, x) from which an object would leave at least half of every earlier one to be seen."""
+    """A center (y, x) from which an object would leave at least half of every earlier one to be seen."""
     size, reach = len(instances), round(radius)
     areas = np.bincount(instances.ravel(), minlength=MAX_OBJECTS + 1)
     for _ in range(10):
@@ -95,7 +100,7 @@ def _paint(
     generator: np.random.Generator,
     image: np.ndarray,
     shape: Plane,
-    colour: str,
+    color: str,
     radius: float,
     place: tuple[int, int],
 ) -> np.ndarray:
@@ -103,57 +108,57 @@ def _paint(
     reach = int(np.ceil(radius)) + 1
     side = 2 * reach
     steps = (np.arange(side * _FINE, dtype=np.float32) + 0.5) / _FINE - reach
-    y, x = np.meshgrid(steps, steps, indexing="ij")  # pixels from the centre
+    y, x = np.meshgrid(steps, steps, indexing="ij")  # pixels from the center
     u, v = _turned(x / radius, -y / radius, generator.uniform(-0.4, 0.4))
     # The texture is turned on its own: the direction of its shading tells nothing about the shape.
     a, b = _turned(x, y, generator.uniform(0, np.pi))
     period = radius * generator.uniform(0.4, 0.6)
     a, b = (2 * np.pi / period * t + generator.uniform(0, 2 * np.pi) for t in (a, b))
     texture = _any(generator, TEXTURES)
-    first, second = _two_shades(generator, colour)
-    colours = first + texture(a, b)[..., None].astype(np.float32) * (second - first)
+    first, second = _two_shades(generator, color)
+    colors = first + texture(a, b)[..., None].astype(np.float32) * (second - first)
     alpha = cv2.resize(shape(u, v).astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
-    colours = cv2.resize(colours, (side, side), interpolation=cv2.INTER_AREA)
-    return _blend(image, colours, alpha, place, reach)
+    colors = cv2.resize(colors, (side, side), interpolation=cv2.INTER_AREA)
+    return _blend(image, colors, alpha, place, reach)
 
 
-def _blend(image: np.ndarray, colours: np.ndarray, alpha: np.ndarray, place: tuple[int, int], reach: int) -> np.ndarray:
-    """Lays a patch (2*reach, 2*reach) over ``image`` at its centre ``place``; what sticks out is cut off."""
+def _blend(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, place: tuple[int, int], reach: int) -> np.ndarray:
+    """Lays a patch (2*reach, 2*reach) over ``image`` at its center ``place``; what sticks out is cut off."""
     height, width = image.shape[:2]
     top, left = place[0] - reach, place[1] - reach
     rows = slice(max(0, top), min(height, top + 2 * reach))
     cols = slice(max(0, left), min(width, left + 2 * reach))
     inner = slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left)
     share = alpha[inner][..., None]
-    image[rows, cols] += share * (colours[inner] - image[rows, cols])
+    image[rows, cols] += share * (colors[inner] - image[rows, cols])
     covered = np.zeros((height, width), bool)
     covered[rows, cols] = alpha[inner] > 0.5
     return covered
 
 
 def _background(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Gradient, blotches, coloured patches and strokes, float32 (size, size, 3): nothing that has a class."""
+    """Gradient, blotches, colored patches and strokes, float32 (size, size, 3): nothing that has a class."""
     corners = generator.uniform(60, 195, (2, 2, 1)) + generator.uniform(-30, 30, (2, 2, 3))
     blotches = generator.normal(0, 15, (size // 8 + 1, size // 8 + 1, 3)).astype(np.float32)
     image = cv2.resize(corners.astype(np.float32), (size, size))
     image += cv2.resize(blotches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(generator.integers(0, 4)):
-        # A patch has an object's texture and colour, but a ragged outline: the colour alone decides nothing.
-        centre = generator.uniform(0, size, 2)
+        # A patch has an object's texture and color, but a ragged outline: the color alone decides nothing.
+        center = generator.uniform(0, size, 2)
         bearings = np.sort(generator.uniform(0, 2 * np.pi, 7))
         lengths = generator.uniform(0.03, 0.16, 7) * size
-        outline = centre + lengths[:, None] * np.stack([np.cos(bearings), np.sin(bearings)], axis=1)
+        outline = center + lengths[:, None] * np.stack([np.cos(bearings), np.sin(bearings)], axis=1)
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [outline.astype(np.int32)], 1)
         y, x = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
         a, b = (2 * np.pi / (size * generator.uniform(0.05, 0.13)) * t for t in _turned(x, y, generator.uniform(0, 3)))
         pattern = _any(generator, TEXTURES)(a, b)
-        first, second = _two_shades(generator, list(COLOURS)[generator.integers(len(COLOURS))])
+        first, second = _two_shades(generator, list(COLORS)[generator.integers(len(COLORS))])
         image[mask > 0] = (first + pattern[..., None] * (second - first))[mask > 0]
     for _ in range(generator.integers(2, 6)):
         ends = generator.integers(0, size, (2, 2)).tolist()
-        colour = generator.uniform(0, 255, 3).tolist()
-        cv2.line(image, *ends, colour, int(generator.integers(1, 4)), cv2.LINE_AA)
+        color = generator.uniform(0, 255, 3).tolist()
+        cv2.line(image, *ends, color, int(generator.integers(1, 4)), cv2.LINE_AA)
     return image
 
 
@@ -166,10 +171,10 @@ def _any(generator: np.random.Generator, table: dict[str, Plane]) -> Plane:
     return list(table.values())[generator.integers(len(table))]
 
 
-def _two_shades(generator: np.random.Generator, colour: str) -> tuple[np.ndarray, np.ndarray]:
-    """A light and a dark shade of a colour, float32 RGB."""
-    centre, spread = COLOURS[colour]
-    hue = (centre + generator.uniform(-spread, spread)) % 360
+def _two_shades(generator: np.random.Generator, color: str) -> tuple[np.ndarray, np.ndarray]:
+    """A light and a dark shade of a color, float32 RGB."""
+    center, spread = COLORS[color]
+    hue = (center + generator.uniform(-spread, spread)) % 360
     saturation = generator.uniform(0.65, 1)
     values = generator.uniform(0.75, 1), generator.uniform(0.35, 0.55)
     hsv = np.array([[[hue, saturation, value] for value in values]], np.float32)
@@ -196,8 +201,8 @@ def generate(
         num_train, num_val: images.
         size: height and width of an image, pixels.
         seed: of the images.
-        labeled: numbers of labelled images, one split each; nested within a split seed.
-        split_seeds: which images are labelled is drawn anew for each.
+        labeled: numbers of labeled images, one split each; nested within a split seed.
+        split_seeds: which images are labeled is drawn anew for each.
 
     Returns:
         True if it was written, False if it was there.
@@ -215,7 +220,7 @@ def generate(
         "split_seeds": list(split_seeds),
     }
     if any(not 0 < n < num_train for n in labeled):
-        raise UserError(f"shapes: labelled counts {list(labeled)} must lie between 1 and {num_train - 1}")
+        raise UserError(f"shapes: labeled counts {list(labeled)} must lie between 1 and {num_train - 1}")
     manifest = read_manifest(root)
     if manifest and manifest["parameters"] == wanted and manifest["digest"]:
         return False
@@ -265,8 +270,10 @@ def _clear(root: str, manifest: dict | None) -> None:
     if manifest is None and os.path.isdir(root) and os.listdir(root):
         raise UserError(f"{root} is not empty and has no {_MANIFEST} of shapes; choose another folder")
     if manifest and manifest["digest"] and digest(root) != manifest["digest"]:
-        raise UserError(f"{root} was changed since it was written, and would be written anew; move what is yours and "
-                        "remove it, or choose another folder")
+        raise UserError(
+            f"{root} was changed since it was written, and would be written anew; move what is yours and "
+            "remove it, or choose another folder"
+        )
     for name in _FOLDERS:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Labelled and unlabelled lists of a semi-supervised split."""
+"""Labeled and unlabeled lists of a semi-supervised split."""
 
 import os
 
@@ -15,13 +15,13 @@ def load_split(
         split_dir: the folder, such as ``datasets/splits/camvid/seed0/23``.
         root: the data set's folder, which the lists are relative to.
         pool: all training images. Where a published split has no
-            ``unlabeled.txt`` (COCO), the unlabelled images are the pool minus
-            the labelled ones; there may be none, which is a mistake only for
+            ``unlabeled.txt`` (COCO), the unlabeled images are the pool minus
+            the labeled ones; there may be none, which is a mistake only for
             those who want to train on them.
         paths: where masks and instance maps are, see :class:`PackedIndex`.
 
     Returns:
-        (labelled, unlabelled); every labelled entry has a mask.
+        (labeled, unlabeled); every labeled entry has a mask.
 
     Raises:
         UserError: folder or list missing, a list empty or broken (see

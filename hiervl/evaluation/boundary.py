@@ -3,6 +3,7 @@
 The IoU of two masks hardly notices their outline when they are large; here only pixels near the outline count. It
 costs several times what the confusion matrix does and is therefore optional.
 """
+
 import cv2
 import numpy as np
 

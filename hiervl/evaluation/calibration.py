@@ -2,6 +2,7 @@
 
 Pseudo-labels are chosen by confidence, so a threshold means something only if the answer is close to yes.
 """
+
 import numpy as np
 import torch
 
@@ -28,7 +29,7 @@ class Calibration:
 
         Args:
             confidence: (H, W) float, max over classes of p̂, in [0, 1] up to rounding.
-            right: (H, W) bool, the top class is the labelled one.
+            right: (H, W) bool, the top class is the labeled one.
             valid: (H, W) bool, the pixel has a label.
 
         Raises:
@@ -54,11 +55,11 @@ class Calibration:
             one dict per bin: ``low`` and ``high`` (its ends), ``pixels``, and ``confidence`` and ``accuracy``
             (means in [0, 1]; None for an empty bin).
         """
-        centre = (np.arange(_FINE) + 0.5) / _FINE
+        center = (np.arange(_FINE) + 0.5) / _FINE
         fine_pixels = self.counts.sum(1)
         pixels = fine_pixels.reshape(NUM_BINS, -1).sum(1)
         right = self.counts[:, _RIGHT].reshape(NUM_BINS, -1).sum(1)
-        confidence = (fine_pixels * centre).reshape(NUM_BINS, -1).sum(1)
+        confidence = (fine_pixels * center).reshape(NUM_BINS, -1).sum(1)
         return [
             {
                 "low": i / NUM_BINS,

@@ -3,6 +3,7 @@
 One matrix over the whole data set holds all that mIoU needs, so memory does not grow with the number of images
 and the matrices of several ranks simply add up.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ class ConfusionMatrix:
 
 
 def count_pairs(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
-    """Counts pixels by (label, prediction), with places for what is neither a class nor ignored.
+    """Counts pixels by (label, prediction), with point_coords for what is neither a class nor ignored.
 
     Args:
         label, prediction: integers of one shape.
@@ -112,8 +113,8 @@ def _count_without_kernel(label, prediction, k, ignore_label):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Scores of one confusion matrix, in percent. NaN where a score is not defined.
+class SegmentationMetrics:
+    """SegmentationMetrics of one confusion matrix, in percent. NaN where a score is not defined.
 
     Attributes:
         miou: mean IoU over the classes that occur in the ground truth (what HierVL means by "mIoU").
@@ -125,6 +126,7 @@ class Scores:
         precision: (K,) TP / (TP + FP); NaN for a class never predicted.
         recall: (K,) TP / (TP + FN); NaN for a class not in the ground truth.
     """
+
     miou: float
     miou_union: float
     miou_all: float
@@ -135,7 +137,7 @@ class Scores:
     recall: np.ndarray
 
 
-def scores(counts: np.ndarray) -> Scores:
+def compute_metrics(counts: np.ndarray) -> SegmentationMetrics:
     """Computes every score of a (K, K) confusion matrix (rows: ground truth).
 
     Raises:
@@ -145,9 +147,9 @@ def scores(counts: np.ndarray) -> Scores:
     hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     total, union = truth.sum(), truth + predicted - hits
     if total == 0:
-        raise ValueError("no labelled pixel was counted")
+        raise ValueError("no labeled pixel was counted")
     iou = _ratio(hits, union)
-    return Scores(
+    return SegmentationMetrics(
         miou=100 * iou[truth > 0].mean(),
         miou_union=100 * iou[union > 0].mean(),
         miou_all=100 * np.nan_to_num(iou).mean(),

@@ -2,6 +2,7 @@
 
 It knows no model: all it sees is the list of dicts that goes in and the list of dicts that comes out.
 """
+
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from ..data.images import read_label
 from ..errors import UserError
 from .boundary import BoundaryIoU
 from .calibration import Calibration
-from .confusion import ConfusionMatrix, Scores, scores
+from .confusion import ConfusionMatrix, SegmentationMetrics, compute_metrics
 from .top_class import top_class
 
 DEFINITIONS = {
@@ -40,7 +41,7 @@ _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class SegmentationEvaluator(DatasetEvaluator):
-    """Scores p̂ against label maps; memory does not grow with the number of images.
+    """SegmentationMetrics p̂ against label maps; memory does not grow with the number of images.
 
     Args:
         dataset: name of a registered data set whose metadata has ``stuff_classes``, or the class names themselves.
@@ -56,9 +57,17 @@ class SegmentationEvaluator(DatasetEvaluator):
         result: after evaluate(), on the main rank: the content of the result file (see report.py for tables).
     """
 
-    def __init__(self, dataset: str | Sequence[str], output_dir: str | None = None, *, ignore_label: int = 255,
-                 calibration: bool = True, boundary: bool = False, num_images: int | None = None,
-                 protocol: str | None = None):
+    def __init__(
+        self,
+        dataset: str | Sequence[str],
+        output_dir: str | None = None,
+        *,
+        ignore_label: int = 255,
+        calibration: bool = True,
+        boundary: bool = False,
+        num_images: int | None = None,
+        protocol: str | None = None,
+    ):
         named = isinstance(dataset, str)
         self.dataset = dataset if named else None
         self.class_names = list(MetadataCatalog.get(dataset).stuff_classes if named else dataset)
@@ -92,8 +101,10 @@ class SegmentationEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs, strict=True):
             path = image.get("sem_seg_file_name")
             if not path:
-                raise UserError(f"{image.get('file_name', 'an image')}: no label map, so it cannot be evaluated; "
-                                "evaluate on a data set that lists masks")
+                raise UserError(
+                    f"{image.get('file_name', 'an image')}: no label map, so it cannot be evaluated; "
+                    "evaluate on a data set that lists masks"
+                )
             self._count(read_label(path), output["sem_seg"], path, output.get("classes"))
             self._images += 1
 
@@ -112,18 +123,25 @@ class SegmentationEvaluator(DatasetEvaluator):
         confusion, calibration, boundary, images = _merged(parts)
         source = self.dataset or "the data set"
         if self.num_images is not None and images != self.num_images:
-            raise UserError(f"{source}: {images} images were scored instead of {self.num_images}; the test loader must "
-                            "give every image to exactly one rank")
+            raise UserError(
+                f"{source}: {images} images were scored instead of {self.num_images}; the test loader must "
+                "give every image to exactly one rank"
+            )
         if not confusion.counts.any():
-            raise UserError(f"{source}: no labelled pixel in {images} images; check its list and its label maps")
-        found = scores(confusion.counts)
+            raise UserError(f"{source}: no labeled pixel in {images} images; check its list and its label maps")
+        found = compute_metrics(confusion.counts)
         self.result = _without_nan(self._describe(found, confusion, calibration, boundary, images))
         if self.output_dir:
             write_result(os.path.join(self.output_dir, RESULT_FILE), self.result)
         metrics = self.result["metrics"]
         logging.getLogger(__name__).info(
             "%d images: mIoU %.2f (classes in the ground truth), %.2f (non-empty union), %.2f (all %d classes)",
-            images, metrics["mIoU"], metrics["mIoU_union"], metrics["mIoU_all"], len(self.class_names))
+            images,
+            metrics["mIoU"],
+            metrics["mIoU_union"],
+            metrics["mIoU_all"],
+            len(self.class_names),
+        )
         per_class = {f"IoU-{name}": iou for name, iou in zip(self.class_names, found.iou.tolist())}
         return OrderedDict(sem_seg={**metrics, **per_class})
 
@@ -134,26 +152,37 @@ class SegmentationEvaluator(DatasetEvaluator):
             raise ValueError(f"{class_scores.shape[0]} channels of scores for {k} classes")
         if tuple(class_scores.shape[1:]) != label.shape:
             height, width = class_scores.shape[1:]
-            raise UserError(f"{path}: the label map is {label.shape[0]} x {label.shape[1]} (height x width), the "
-                            f"prediction {height} x {width}; is it the mask of another image?")
+            raise UserError(
+                f"{path}: the label map is {label.shape[0]} x {label.shape[1]} (height x width), the "
+                f"prediction {height} x {width}; is it the mask of another image?"
+            )
         confidence, prediction = top_class(class_scores)  # (H, W) each
         if classes is not None:
             wide = len(self.class_names) > 256
             prediction = classes.cpu().numpy().astype(np.int16 if wide else np.uint8)[prediction]
         if not torch.isfinite(confidence).all():
-            raise UserError(f"{path}: the scores of this image are not finite; the weights are broken or training "
-                            "diverged: evaluate an earlier checkpoint")
+            raise UserError(
+                f"{path}: the scores of this image are not finite; the weights are broken or training "
+                "diverged: evaluate an earlier checkpoint"
+            )
         self._confusion.update(label, prediction, path)
         if self._boundary is not None:
             self._boundary.update(label, prediction)
         if self._calibration is not None:
             self._calibration.update(confidence, label == prediction, label != self.ignore_label)
 
-    def _describe(self, found: Scores, confusion: ConfusionMatrix, calibration: Calibration | None,
-                  boundary: BoundaryIoU | None, images: int) -> dict:
+    def _describe(
+        self,
+        found: SegmentationMetrics,
+        confusion: ConfusionMatrix,
+        calibration: Calibration | None,
+        boundary: BoundaryIoU | None,
+        images: int,
+    ) -> dict:
         """The content of the result file; NaN where a score is not defined."""
-        metrics = OrderedDict(mIoU=found.miou, mIoU_union=found.miou_union, mIoU_all=found.miou_all,
-                              fwIoU=found.fwiou, pACC=found.pacc)
+        metrics = OrderedDict(
+            mIoU=found.miou, mIoU_union=found.miou_union, mIoU_all=found.miou_all, fwIoU=found.fwiou, pACC=found.pacc
+        )
         per_class = _per_class(found, confusion.counts)
         if boundary is not None:
             metrics["boundary_mIoU"] = boundary.mean()
@@ -201,7 +230,7 @@ def _merged(parts):
     return confusion, calibration, boundary, images
 
 
-def _per_class(found: Scores, counts: np.ndarray) -> dict:
+def _per_class(found: SegmentationMetrics, counts: np.ndarray) -> dict:
     return {
         "iou": found.iou.tolist(),
         "precision": found.precision.tolist(),

@@ -2,6 +2,7 @@
 
 ``result`` is always the content of a result file, from load_result or from ``SegmentationEvaluator.result``.
 """
+
 import json
 import math
 
@@ -64,19 +65,26 @@ def reliability_table(result: dict) -> str:
         return "reliability was not measured"
     pixels = max(result["pixels"], 1)
     bins = [
-        [f"{b['low']:.2f}-{b['high']:.2f}", 100 * b["pixels"] / pixels, _percent(b["confidence"]),
-         _percent(b["accuracy"])]
-        for b in result["reliability"]["bins"] if b["pixels"]
+        [
+            f"{b['low']:.2f}-{b['high']:.2f}",
+            100 * b["pixels"] / pixels,
+            _percent(b["confidence"]),
+            _percent(b["accuracy"]),
+        ]
+        for b in result["reliability"]["bins"]
+        if b["pixels"]
     ]
     kept = [
         [f"{t['threshold']:.2f}", _percent(t["kept"]), _percent(t["accuracy"])]
         for t in result["reliability"]["thresholds"]
     ]
-    return "\n\n".join([
-        f"expected calibration error: {result['metrics']['ECE']:.2f} (percent)",
-        _table(bins, ["confidence", "% of pixels", "mean confidence", "accuracy"]),
-        _table(kept, ["threshold", "% kept", "accuracy of kept"]),
-    ])
+    return "\n\n".join(
+        [
+            f"expected calibration error: {result['metrics']['ECE']:.2f} (percent)",
+            _table(bins, ["confidence", "% of pixels", "mean confidence", "accuracy"]),
+            _table(kept, ["threshold", "% kept", "accuracy of kept"]),
+        ]
+    )
 
 
 def summary_table(results: dict, metric: str = "mIoU") -> str:
@@ -90,17 +98,25 @@ def summary_table(results: dict, metric: str = "mIoU") -> str:
     """
     last, best = results["last"], results["best"]
     rows = [
-        [dataset, model, scores.get(metric), last["iteration"],
-         best.get(dataset, {}).get(model, {}).get(metric), best["iteration"]]
-        for dataset, models in last.items() if dataset != "iteration"
+        [
+            dataset,
+            model,
+            scores.get(metric),
+            last["iteration"],
+            best.get(dataset, {}).get(model, {}).get(metric),
+            best["iteration"],
+        ]
+        for dataset, models in last.items()
+        if dataset != "iteration"
         for model, scores in models.items()
     ]
     return _table(rows, ["data set", "model", f"last {metric}", "at iteration", f"best {metric}", "at iteration"])
 
 
 def _means_table(result, previous):
-    names = [n for n in ("mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "boundary_mIoU", "ECE")
-             if n in result["metrics"]]
+    names = [
+        n for n in ("mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "boundary_mIoU", "ECE") if n in result["metrics"]
+    ]
     headers = ["score", "%", "what it is"]
     rows = [[n, result["metrics"][n], result["definitions"][n]] for n in names]
     if previous is not None:

@@ -1,4 +1,5 @@
 """What an evaluation leaves for people: tables as text, the confusion matrix as CSV and as a picture."""
+
 import csv
 import io
 import os
@@ -25,8 +26,11 @@ def write_report_files(result: dict, folder: str, previous: dict | None = None) 
     text = f"{result['dataset']}: {result['images']} images{protocol}\n\n{per_class_table(result, previous)}\n\n"
     text += f"{reliability_table(result)}\n"
     matrix = np.array(result["confusion_matrix"])
-    for name, content in ((REPORT, text.encode()), (CSV, confusion_csv(matrix, result["classes"]).encode()),
-                          (PICTURE, confusion_picture(matrix, result["classes"]))):
+    for name, content in (
+        (REPORT, text.encode()),
+        (CSV, confusion_csv(matrix, result["classes"]).encode()),
+        (PICTURE, confusion_picture(matrix, result["classes"])),
+    ):
         with atomic_write(os.path.join(folder, name)) as file:
             file.write(content)
 
@@ -60,8 +64,15 @@ def confusion_picture(matrix: np.ndarray, classes: list[str]) -> bytes:
         axes.set_yticks(range(len(classes)), classes)
         for row, column in zip(*np.nonzero(shares >= _SHOWN)):
             share = shares[row, column]
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6,
-                      color="white" if share > 0.5 else "black")
+            axes.text(
+                column,
+                row,
+                f"{100 * share:.0f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if share > 0.5 else "black",
+            )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

@@ -1,4 +1,5 @@
 """Evaluates student and teacher on every test set and keeps what matters of it: last and best."""
+
 import json
 import logging
 import math
@@ -36,8 +37,11 @@ class Evaluation:
         self.models = models
         self.path = os.path.join(cfg.OUTPUT_DIR, "results.json")
         self.results = {}
-        self._previous = {(name, kind): _previous_result(cfg.TEST.COMPARE, name, kind)
-                          for name in cfg.DATASETS.TEST for kind in models}
+        self._previous = {
+            (name, kind): _previous_result(cfg.TEST.COMPARE, name, kind)
+            for name in cfg.DATASETS.TEST
+            for kind in models
+        }
 
     def load(self):
         """Take up the results of the run that is resumed."""
@@ -49,8 +53,9 @@ class Evaluation:
         """Evaluate a run now, and record it. Returns (metrics {"data set/model": {...}}, whether this is the best so
         far)."""
         entry = self.measure(iteration)
-        flat = OrderedDict((f"{name}/{kind}", metrics) for name in self.cfg.DATASETS.TEST
-                           for kind, metrics in entry[name].items())
+        flat = OrderedDict(
+            (f"{name}/{kind}", metrics) for name in self.cfg.DATASETS.TEST for kind, metrics in entry[name].items()
+        )
         return flat, self._record(entry) if comm.is_main_process() else False
 
     def measure(self, iteration: int, folder: str = FOLDER) -> dict:
@@ -63,8 +68,15 @@ class Evaluation:
                 metrics = self._evaluate(model, name, kind, folder)
                 if metrics:  # the main process only
                     entry[name][kind] = metrics
-                    logger.info("%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), "
-                                "ECE %.2f", name, kind, iteration, model.protocol, metrics["mIoU"], metrics["ECE"])
+                    logger.info(
+                        "%s, %s, iteration %d, %s: mIoU %.2f (mean over the classes in the ground truth), ECE %.2f",
+                        name,
+                        kind,
+                        iteration,
+                        model.protocol,
+                        metrics["mIoU"],
+                        metrics["ECE"],
+                    )
         return entry
 
     def _evaluate(self, model, name, kind, folder):
@@ -72,14 +84,19 @@ class Evaluation:
         output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind, folder)
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
-        evaluator = SegmentationEvaluator(name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images,
-                                          protocol=str(model.protocol))
+        evaluator = SegmentationEvaluator(
+            name, output_dir, boundary=self.cfg.TEST.BOUNDARY_IOU, num_images=images, protocol=str(model.protocol)
+        )
         results = inference_on_dataset(model, loader, evaluator)
         if evaluator.result is not None:
             previous = self._previous[name, kind]
             if previous and previous.get("protocol") != evaluator.result["protocol"]:
-                logger.warning("%s: compared with a result of another protocol (%s instead of %s)", name,
-                               previous.get("protocol"), evaluator.result["protocol"])
+                logger.warning(
+                    "%s: compared with a result of another protocol (%s instead of %s)",
+                    name,
+                    previous.get("protocol"),
+                    evaluator.result["protocol"],
+                )
             write_report_files(evaluator.result, output_dir, previous)
         # A class that does not occur has no IoU; JSON knows no NaN.
         return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None

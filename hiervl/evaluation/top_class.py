@@ -3,6 +3,7 @@
 torch.max over the first dimension does not use the CPU's vector instructions: for 19 classes and 2048x1024 pixels it
 took most of the evaluation's time. Here the maximum is found first, and then, class by class, where it was reached.
 """
+
 import numpy as np
 import torch
 

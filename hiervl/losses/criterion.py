@@ -1,10 +1,11 @@
-"""The training loss of one set of images, labelled or pseudo-labelled (docs/how-it-works.md, "Criterion").
+"""The training loss of one set of images, labeled or pseudo-labeled (docs/how-it-works.md, "Criterion").
 
 Instance queries are matched to segments. Semantic queries are tied to their class: all E of them mean its whole
 region, or they share its segments by matching. Every prediction of the decoder is supervised. Validity is a weight per
 pixel: a place of the mask features whose bilinear support holds no valid pixel gets exactly zero gradient. All classes
-here are kept classes (`Targets.among`).
+here are selected classes (`Targets.among`).
 """
+
 from dataclasses import astuple, dataclass
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import UserError
 from .matcher import HungarianMatcher
 from .points import SharedPoints, sample_maps
 from .targets import Targets
+
 
 @dataclass
 class Normalizers:
@@ -79,14 +81,35 @@ class Criterion(nn.Module):
     """
 
     @configurable
-    def __init__(self, *, matcher, class_weight, mask_weight, dice_weight, pixel_weight, presence_weight,
-                 no_object_weight, num_points, oversample_ratio, importance_ratio, deep_supervision,
-                 match_semantic=False, num_scales=3):
+    def __init__(
+        self,
+        *,
+        matcher,
+        class_weight,
+        mask_weight,
+        dice_weight,
+        pixel_weight,
+        presence_weight,
+        no_object_weight,
+        num_points,
+        oversample_ratio,
+        importance_ratio,
+        deep_supervision,
+        match_semantic=False,
+        num_scales=3,
+    ):
         super().__init__()
         self.matcher = matcher
         self.match_semantic, self.num_scales = match_semantic, num_scales
-        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight,
-                        "presence": presence_weight, "region": mask_weight, "region_dice": dice_weight}
+        self.weights = {
+            "class": class_weight,
+            "mask": mask_weight,
+            "dice": dice_weight,
+            "pixel": pixel_weight,
+            "presence": presence_weight,
+            "region": mask_weight,
+            "region_dice": dice_weight,
+        }
         self.no_object_weight = no_object_weight
         self.num_points = num_points
         self.oversample_ratio, self.importance_ratio = oversample_ratio, importance_ratio
@@ -96,24 +119,38 @@ class Criterion(nn.Module):
     def from_config(cls, cfg, num_scales):
         c = cfg.MODEL.CRITERION
         if not 0 <= c.IMPORTANCE_RATIO <= 1:
-            raise UserError(f"MODEL.CRITERION.IMPORTANCE_RATIO is {c.IMPORTANCE_RATIO}; it is a share of the points, "
-                            "from 0 to 1.")
+            raise UserError(
+                f"MODEL.CRITERION.IMPORTANCE_RATIO is {c.IMPORTANCE_RATIO}; it is a share of the points, from 0 to 1."
+            )
         if c.SEMANTIC_MATCHING not in ("fixed", "hungarian"):
-            raise UserError(f"MODEL.CRITERION.SEMANTIC_MATCHING: {c.SEMANTIC_MATCHING!r} is not one of fixed, "
-                            "hungarian.")
+            raise UserError(
+                f"MODEL.CRITERION.SEMANTIC_MATCHING: {c.SEMANTIC_MATCHING!r} is not one of fixed, hungarian."
+            )
         if c.SEMANTIC_MATCHING == "hungarian" and c.SEGMENTS == "class_regions":
-            raise UserError("MODEL.CRITERION.SEMANTIC_MATCHING hungarian shares a class's segments among its queries; "
-                            "set MODEL.CRITERION.SEGMENTS to components or instances.")
+            raise UserError(
+                "MODEL.CRITERION.SEMANTIC_MATCHING hungarian shares a class's segments among its queries; "
+                "set MODEL.CRITERION.SEGMENTS to components or instances."
+            )
         if c.SEMANTIC_MATCHING == "hungarian" and not cfg.MODEL.DECODER.SEMANTIC:
-            raise UserError("MODEL.CRITERION.SEMANTIC_MATCHING is about semantic queries, but MODEL.DECODER.SEMANTIC "
-                            "is False; set it to fixed.")
-        return {"matcher": HungarianMatcher(c.CLASS_WEIGHT, c.MASK_WEIGHT, c.DICE_WEIGHT),
-                "class_weight": c.CLASS_WEIGHT, "mask_weight": c.MASK_WEIGHT, "dice_weight": c.DICE_WEIGHT,
-                "pixel_weight": c.PIXEL_WEIGHT, "presence_weight": c.PRESENCE_WEIGHT,
-                "no_object_weight": c.NO_OBJECT_WEIGHT, "num_points": c.NUM_POINTS,
-                "oversample_ratio": c.OVERSAMPLE_RATIO, "importance_ratio": c.IMPORTANCE_RATIO,
-                "deep_supervision": c.DEEP_SUPERVISION, "match_semantic": c.SEMANTIC_MATCHING == "hungarian",
-                "num_scales": num_scales}
+            raise UserError(
+                "MODEL.CRITERION.SEMANTIC_MATCHING is about semantic queries, but MODEL.DECODER.SEMANTIC "
+                "is False; set it to fixed."
+            )
+        return {
+            "matcher": HungarianMatcher(c.CLASS_WEIGHT, c.MASK_WEIGHT, c.DICE_WEIGHT),
+            "class_weight": c.CLASS_WEIGHT,
+            "mask_weight": c.MASK_WEIGHT,
+            "dice_weight": c.DICE_WEIGHT,
+            "pixel_weight": c.PIXEL_WEIGHT,
+            "presence_weight": c.PRESENCE_WEIGHT,
+            "no_object_weight": c.NO_OBJECT_WEIGHT,
+            "num_points": c.NUM_POINTS,
+            "oversample_ratio": c.OVERSAMPLE_RATIO,
+            "importance_ratio": c.IMPORTANCE_RATIO,
+            "deep_supervision": c.DEEP_SUPERVISION,
+            "match_semantic": c.SEMANTIC_MATCHING == "hungarian",
+            "num_scales": num_scales,
+        }
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
         """Denominators of these targets: segments, weighted queries, images, class regions."""
@@ -121,8 +158,12 @@ class Criterion(nn.Module):
         unmatched = self.no_object_weight * targets.no_object_weight * (num_queries - matched)
         regions = targets.present.sum().to(matched)
         if self.match_semantic:
-            regions = matched.new_tensor(sum(int((_rank_in_class(labels) < self.num_scales).sum())
-                                             for labels in targets.labels)) / self.num_scales
+            regions = (
+                matched.new_tensor(
+                    sum(int((_rank_in_class(labels) < self.num_scales).sum()) for labels in targets.labels)
+                )
+                / self.num_scales
+            )
         return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)), regions)
 
     @property
@@ -130,13 +171,21 @@ class Criterion(nn.Module):
         """Points to be drawn per image."""
         return max(int(self.oversample_ratio * self.num_points), self.num_points)
 
-    def forward(self, predictions, mask_features, targets: Targets, points: SharedPoints, scores: nn.Module,
-                normalizers: Normalizers, relevance=None):
+    def forward(
+        self,
+        predictions,
+        mask_features,
+        targets: Targets,
+        points: SharedPoints,
+        score_head: nn.Module,
+        normalizers: Normalizers,
+        relevance=None,
+    ):
         """
         Args:
             predictions: the decoder's list of QueryPredictions. mask_features: M (B, Cm, h, w).
             targets, points: of the same B images; `num_candidates` points each.
-            scores: turns queries into class scores (for the pixel loss). relevance: (B, K') or None.
+            score_head: turns queries into class scores (for the pixel loss). relevance: (B, K') or None.
             normalizers: `normalizers()` of these targets, or of all that are added up.
         Returns:
             {"loss_class", "loss_mask", "loss_dice", "loss_pixel"}, and with semantic queries {"loss_presence",
@@ -145,26 +194,26 @@ class Criterion(nn.Module):
         predictions = predictions if self.deep_supervision else predictions[-1:]
         class_logits = torch.stack([p.class_logits for p in predictions]).float()  # (L, B, N, K'+1)
         embed = torch.stack([p.mask_embed for p in predictions]).float()  # (L, B, N, Cm)
-        read = sample_maps(mask_features.float(), points.places)  # (B, S, Cm)
-        few, some = points.first(self.num_points), read[:, :self.num_points]
-        masks = torch.einsum("lbnc,bpc->lbnp", embed, some)  # (L, B, N, P)
-        matched = self.matcher(class_logits, masks, few.segment, few.weight, targets.labels)
+        features = sample_maps(mask_features.float(), points.point_coords)  # (B, S, Cm)
+        subset, subset_features = points.first(self.num_points), features[:, : self.num_points]
+        masks = torch.einsum("lbnc,bpc->lbnp", embed, subset_features)  # (L, B, N, P)
+        matched = self.matcher(class_logits, masks, subset.segment, subset.weight, targets.labels)
         losses = {"class": self._class_loss(class_logits, targets, matched, normalizers)}
-        losses["mask"], losses["dice"] = self._mask_losses(embed, read, targets, points, matched, normalizers)
+        losses["mask"], losses["dice"] = self._mask_losses(embed, features, targets, points, matched, normalizers)
         semantic = ()
-        if predictions[0].region_embed is not None:
+        if predictions[0].semantic_mask_embed is not None:
             presence = torch.stack([p.presence_logits for p in predictions]).float()  # (L, B, E, K')
-            regions = torch.stack([p.region_embed for p in predictions]).float()  # (L, B, E, K', Cm)
-            semantic = presence, torch.einsum("lbekc,bpc->lbekp", regions, some)
-            losses |= self._semantic_losses(*semantic, targets, few, normalizers)
-        evidence = scores(class_logits, masks, *semantic, relevance=relevance)  # (L, B, K', P)
-        losses["pixel"] = self._pixel_loss(evidence, targets, few, scores, normalizers)
+            regions = torch.stack([p.semantic_mask_embed for p in predictions]).float()  # (L, B, E, K', Cm)
+            semantic = presence, torch.einsum("lbekc,bpc->lbekp", regions, subset_features)
+            losses |= self._semantic_losses(*semantic, targets, subset, normalizers)
+        class_scores = score_head(class_logits, masks, *semantic, relevance=relevance)  # (L, B, K', P)
+        losses["pixel"] = self._pixel_loss(class_scores, targets, subset, score_head, normalizers)
         return {f"loss_{name}": self.weights[name] * value for name, value in losses.items()}
 
     def _class_loss(self, class_logits, targets, matched, normalizers):
         """Cross-entropy over classes and "no object".
 
-        An unmatched query of a pseudo-labelled image says nothing about classes that may hide in rejected pixels:
+        An unmatched query of a pseudo-labeled image says negative about classes that may hide in rejected pixels:
         they leave its softmax, so that their logits get no gradient.
         """
         layer, image, query, segment = matched
@@ -174,25 +223,25 @@ class Criterion(nn.Module):
         target[layer, image, query] = classes[image, segment]
         unmatched = target == num_classes  # (L, B, N)
         unknown = F.pad(targets.unknown, (0, 1))[None, :, None] & unmatched[..., None]
-        loss = F.cross_entropy(class_logits.masked_fill(unknown, -torch.inf).movedim(-1, 1), target,
-                               reduction="none")
+        loss = F.cross_entropy(class_logits.masked_fill(unknown, -torch.inf).movedim(-1, 1), target, reduction="none")
         no_object = self.no_object_weight * targets.no_object_weight[None, :, None]
         weight = torch.where(unmatched, no_object, 1.0) * targets.image_weight[None, :, None]
         return (loss * weight).sum() / normalizers.queries.clamp(min=1e-6)
 
-    def _mask_losses(self, embed, read, targets, points, matched, normalizers):
-        """Cross-entropy and dice of the matched masks; embed (L, B, N, Cm), read (B, S, Cm)."""
+    def _mask_losses(self, embed, features, targets, points, matched, normalizers):
+        """Cross-entropy and dice of the matched masks; embed (L, B, N, Cm), features (B, S, Cm)."""
         layer, image, query, segment = matched
         total = torch.zeros(2, device=embed.device)
         for b, weight in enumerate(targets.image_weight):
             own = image == b
-            logits = embed[layer[own], b, query[own]] @ read[b].t()  # (T_b, S)
-            losses = self._where_uncertain(logits, self.num_points, points.segment, points.weight, image[own],
-                                           segment[own])
+            logits = embed[layer[own], b, query[own]] @ features[b].t()  # (T_b, S)
+            losses = self._losses_at_uncertain_points(
+                logits, self.num_points, points.segment, points.weight, image[own], segment[own]
+            )
             total = total + weight * torch.stack([loss.sum() for loss in losses])
         return total / normalizers.masks.clamp(min=1)
 
-    def _where_uncertain(self, logits, num_points, reference, weight, image, wanted):
+    def _losses_at_uncertain_points(self, logits, num_points, reference, weight, image, wanted):
         """Per mask, cross-entropy and dice at some of its points: those where it is least certain and, for the rest,
         random ones.
 
@@ -215,27 +264,28 @@ class Criterion(nn.Module):
         queries. presence (L, B, E, K'), regions (L, B, E, K', P), mask logits at the points."""
         num_scales, per_region = presence.shape[2], max(regions.shape[-1] // presence.shape[2], 1)
         if not self.match_semantic:
-            taken, nothing = targets.present[None, :, None].expand_as(presence), targets.absent[None, :, None]
-            layer, image, scale, kind = taken.nonzero(as_tuple=True)  # (T,) each
+            positive, negative = targets.present[None, :, None].expand_as(presence), targets.absent[None, :, None]
+            layer, image, scale, kind = positive.nonzero(as_tuple=True)  # (T,) each
             reference, weight, wanted = points.label, points.weight, kind
         else:
-            weight, (layer, image, scale, kind, wanted) = self._share_segments(regions, targets, points)
-            taken = torch.zeros_like(presence, dtype=torch.bool)
-            taken[layer, image, scale, kind] = True
-            nothing = ~taken & ~(targets.unknown | targets.loose)[None, :, None]
+            weight, (layer, image, scale, kind, wanted) = self._match_within_class(regions, targets, points)
+            positive = torch.zeros_like(presence, dtype=torch.bool)
+            positive[layer, image, scale, kind] = True
+            negative = ~positive & ~(targets.unknown | targets.unassigned)[None, :, None]
             reference = points.segment
-        per_image = balanced_presence_loss(presence.transpose(1, 2), taken.transpose(1, 2), nothing.transpose(1, 2))
-        mask, dice = self._where_uncertain(regions[layer, image, scale, kind], per_region, reference, weight, image,
-                                           wanted)
+        per_image = balanced_presence_loss(presence.transpose(1, 2), positive.transpose(1, 2), negative.transpose(1, 2))
+        mask, dice = self._losses_at_uncertain_points(
+            regions[layer, image, scale, kind], per_region, reference, weight, image, wanted
+        )
         share = targets.image_weight[image] / (num_scales * normalizers.regions.clamp(min=1))
         empty = points.mean(F.softplus(regions).permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2)  # (L, B, E, K')
-        empty = (empty * nothing).sum(3) / nothing.sum(3).clamp(min=1)  # (L, B, E)
+        empty = (empty * negative).sum(3) / negative.sum(3).clamp(min=1)  # (L, B, E)
         per_scale = targets.image_weight / (num_scales * normalizers.images.clamp(min=1))  # (B,)
         region = (mask * share).sum() + (empty * per_scale[:, None]).sum()
         return {"presence": (per_image * per_scale).sum(), "region": region, "region_dice": (dice * share).sum()}
 
-    def _share_segments(self, regions, targets, points):
-        """Match each class's E queries with its E largest segments; of more segments nothing is said.
+    def _match_within_class(self, regions, targets, points):
+        """Match each class's E queries with its E largest segments; of more segments negative is said.
 
         Returns:
             the points' weight (B, P) without those of surplus segments, and five int64 tensors (T,): layer, image,
@@ -249,12 +299,13 @@ class Criterion(nn.Module):
             allowed.append((own[:, None] == labels) & ~surplus)
             # Index -1, of a point without a segment, reads the False at the end.
             weight[b] *= ~F.pad(surplus, (0, 1))[points.segment[b]]
-        layer, image, query, segment = self.matcher(None, regions.flatten(2, 3), points.segment, weight,
-                                                    targets.labels, allowed)
+        layer, image, query, segment = self.matcher(
+            None, regions.flatten(2, 3), points.segment, weight, targets.labels, allowed
+        )
         return weight, (layer, image, query // num_classes, query % num_classes, segment)
 
-    def _pixel_loss(self, evidence, targets, points, scores, normalizers):
-        """-log p of the true class at the shared points: what makes p a probability. evidence (L, B, K', P)."""
-        own = evidence.gather(2, points.label[None, :, None].expand(len(evidence), -1, 1, -1))[:, :, 0]
-        loss = torch.log(scores.epsilon + evidence.sum(2)) - torch.log(own.clamp(min=1e-8))  # (L, B, P)
+    def _pixel_loss(self, class_scores, targets, points, score_head, normalizers):
+        """-log p of the true class at the shared points: what makes p a probability. class_scores (L, B, K', P)."""
+        own = class_scores.gather(2, points.label[None, :, None].expand(len(class_scores), -1, 1, -1))[:, :, 0]
+        loss = torch.log(score_head.epsilon + class_scores.sum(2)) - torch.log(own.clamp(min=1e-8))  # (L, B, P)
         return (points.mean(loss) * targets.image_weight).sum() / normalizers.images.clamp(min=1)

@@ -1,5 +1,6 @@
 """Hungarian matching of queries to segments (DETR; costs as in Mask2Former), for all decoder layers and
 images at once: one cost tensor per image, one transfer to the host."""
+
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -49,8 +50,9 @@ class HungarianMatcher:
         """
         costs, shapes = [], []
         for b, classes in enumerate(labels):
-            cost = self._cost(None if class_logits is None else class_logits[:, b], mask_logits[:, b], segments[b],
-                              weight[b], classes)
+            cost = self._cost(
+                None if class_logits is None else class_logits[:, b], mask_logits[:, b], segments[b], weight[b], classes
+            )
             if allowed is not None:
                 cost = cost.masked_fill(~allowed[b], torch.inf)
             costs.append(cost.flatten())
@@ -66,8 +68,9 @@ class HungarianMatcher:
     def _cost(self, class_logits, mask_logits, segments, weight, classes):
         """One image: (L, N, K+1) or None, (L, N, P), (P,), (P,), (M,) -> (L, N, M)."""
         masks = (segments[None] == torch.arange(len(classes), device=segments.device)[:, None]).to(mask_logits)
-        cost = (self.mask_weight * sigmoid_ce_cost(mask_logits, masks, weight)
-                + self.dice_weight * dice_cost(mask_logits, masks, weight))
+        cost = self.mask_weight * sigmoid_ce_cost(mask_logits, masks, weight) + self.dice_weight * dice_cost(
+            mask_logits, masks, weight
+        )
         return cost if class_logits is None else cost - self.class_weight * class_logits.softmax(-1)[..., classes]
 
 

@@ -1,8 +1,9 @@
 """Points at which the losses look at the masks.
 
 Mask2Former draws points anywhere on the canvas, so that ignored and padded pixels become negatives. Here every
-point is the centre of a valid label pixel, and a label is read there without interpolation.
+point is the center of a valid label pixel, and a label is read there without interpolation.
 """
+
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,12 +18,12 @@ class SharedPoints:
     a uniform draw too.
 
     Attributes:
-        index: (B, S) pixel indices. places: (B, S, 2), their centres. weight: (B, S) validity.
+        index: (B, S) pixel indices. point_coords: (B, S, 2), their centers. weight: (B, S) validity.
         label, segment: (B, S), class and segment there.
     """
 
     index: torch.Tensor
-    places: torch.Tensor
+    point_coords: torch.Tensor
     weight: torch.Tensor
     label: torch.Tensor
     segment: torch.Tensor
@@ -30,8 +31,8 @@ class SharedPoints:
     @classmethod
     def draw(cls, targets: Targets, num_points: int) -> "SharedPoints":
         index = draw_valid_points(targets.weight, num_points)
-        read = (maps.flatten(1).gather(1, index) for maps in (targets.weight, targets.sem_seg, targets.segments))
-        return cls(index, pixel_centers(index, *targets.weight.shape[1:]), *read)
+        values = (maps.flatten(1).gather(1, index) for maps in (targets.weight, targets.sem_seg, targets.segments))
+        return cls(index, pixel_centers(index, *targets.weight.shape[1:]), *values)
 
     def first(self, count: int) -> "SharedPoints":
         """The first `count` points of each image."""
@@ -56,7 +57,7 @@ def draw_valid_points(weight: torch.Tensor, num_points: int) -> torch.Tensor:
 
 
 def pixel_centers(index: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Pixel indices (..., P) -> centres (..., P, 2) as (x, y) in [-1, 1], grid_sample's coordinates."""
+    """Pixel indices (..., P) -> centers (..., P, 2) as (x, y) in [-1, 1], grid_sample's coordinates."""
     x = (index % width + 0.5) / width
     y = (torch.div(index, width, rounding_mode="floor") + 0.5) / height
     return torch.stack((x, y), dim=-1) * 2 - 1

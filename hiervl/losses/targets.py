@@ -1,7 +1,8 @@
 """What the criterion compares with: label maps with a validity weight per pixel, cut into segments.
 
-Labelled and pseudo-labelled images are the same kind of object; they differ in their weights only.
+Labeled and pseudo-labeled images are the same kind of object; they differ in their weights only.
 """
+
 from dataclasses import dataclass, replace
 
 import cv2
@@ -19,7 +20,7 @@ class Targets:
         weight: (B, H, W) float in [0, 1]; 0 = ignore label, padding or a rejected pseudo-label.
         segments: (B, H, W) int64, index of the pixel's segment within its image, -1 for none.
         labels: B tensors (M_b,) int64, the class of each segment.
-        image_weight: (B,) float, 1 for labelled images, the kept share for pseudo-labelled ones, 0 for an image
+        image_weight: (B,) float, 1 for labeled images, the kept share for pseudo-labeled ones, 0 for an image
             without a valid pixel.
         no_object_weight: (B,) float, how much an unmatched query counts.
         present: (B, K) bool, classes with a valid pixel.
@@ -41,7 +42,7 @@ class Targets:
         return ~self.present & ~self.unknown
 
     @property
-    def loose(self) -> torch.Tensor:
+    def unassigned(self) -> torch.Tensor:
         """(B, K) bool, classes with a valid pixel that belongs to no segment."""
         alone = ((self.segments < 0) & (self.weight > 0)).flatten(1)
         found = torch.zeros_like(self.present, dtype=torch.uint8)
@@ -52,7 +53,7 @@ class Targets:
         """Number of segments of each image."""
         return [len(labels) for labels in self.labels]
 
-    def among(self, index: torch.Tensor, num_names: int) -> "Targets":
+    def restrict_to(self, index: torch.Tensor, num_names: int) -> "Targets":
         """The same targets in terms of kept classes.
 
         Args:
@@ -63,9 +64,13 @@ class Targets:
         position = torch.full((len(index), num_names), -1, device=index.device)
         position.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         sem_seg = position.gather(1, self.sem_seg.flatten(1)).view_as(self.sem_seg).clamp(min=0)
-        return replace(self, sem_seg=sem_seg, labels=[row[labels] for row, labels in zip(position, self.labels)],
-                       present=F.pad(self.present, (0, more)).gather(1, index),
-                       unknown=F.pad(self.unknown, (0, more)).gather(1, index))
+        return replace(
+            self,
+            sem_seg=sem_seg,
+            labels=[row[labels] for row, labels in zip(position, self.labels)],
+            present=F.pad(self.present, (0, more)).gather(1, index),
+            unknown=F.pad(self.unknown, (0, more)).gather(1, index),
+        )
 
 
 def most_frequent_classes(sem_seg, weight, num_classes, keep):
@@ -80,13 +85,24 @@ def most_frequent_classes(sem_seg, weight, num_classes, keep):
     return weight * (frequent.gather(1, label).view_as(sem_seg) & known)
 
 
-def build_targets(sem_seg, weight, num_classes, *, image_weight=None, unknown=None, segments="class_regions",
-                  min_area=64, max_segments=50, instances=None, things=()) -> Targets:
+def build_targets(
+    sem_seg,
+    weight,
+    num_classes,
+    *,
+    image_weight=None,
+    unknown=None,
+    segments="class_regions",
+    min_area=64,
+    max_segments=50,
+    instances=None,
+    things=(),
+) -> Targets:
     """
     Args:
         sem_seg: (B, H, W) int64; ids outside 0..K-1 are not valid.
         weight: (B, H, W) float validity.
-        image_weight: (B,) kept share, or None for labelled images.
+        image_weight: (B,) kept share, or None for labeled images.
         unknown: (B, K) bool, or None when every class without a pixel is known to be absent.
         segments: one of SEGMENTS. min_area: of components, in pixels. max_segments: of components or instances.
         instances: (B, H, W) int64, numbers of single objects, 0 for none; for segments "instances", with
@@ -101,11 +117,11 @@ def build_targets(sem_seg, weight, num_classes, *, image_weight=None, unknown=No
     if segments == "class_regions":
         segment_map, labels = _class_regions(sem_seg, valid, present)
     elif segments == "components":
-        segment_map, labels = _largest(sem_seg, valid, max_segments,
-                                       lambda b, classes: _components(classes, min_area))
+        segment_map, labels = _largest(sem_seg, valid, max_segments, lambda b, classes: _components(classes, min_area))
     else:
-        segment_map, labels = _largest(sem_seg, valid, max_segments,
-                                       lambda b, classes: _instances(classes, instances[b].cpu().numpy(), things))
+        segment_map, labels = _largest(
+            sem_seg, valid, max_segments, lambda b, classes: _instances(classes, instances[b].cpu().numpy(), things)
+        )
     has_pixel = valid.flatten(1).any(dim=1).to(weight.dtype)
     share = torch.ones_like(has_pixel) if image_weight is None else image_weight.to(weight.dtype)
     if unknown is None:
@@ -152,7 +168,9 @@ def _instances(classes, numbers, things):
     """True objects, and the regions of the classes that have none. A thing's pixel without a number is unknown."""
     # Objects are told apart by class too: a number may be used again for another class.
     single = (numbers > 0) & (classes >= 0)
-    found = [(int(k), single & (classes == k) & (numbers == n))
-             for k, n in np.unique(np.stack((classes[single], numbers[single])), axis=1).T]
+    found = [
+        (int(k), single & (classes == k) & (numbers == n))
+        for k, n in np.unique(np.stack((classes[single], numbers[single])), axis=1).T
+    ]
     stuff = np.setdiff1d(np.unique(classes[classes >= 0]), things)
     return found + [(int(k), (classes == k) & ~single) for k in stuff if ((classes == k) & ~single).any()]

@@ -1,4 +1,5 @@
 """Classifiers of the instance queries: by the names' text embeddings, or Mask2Former's own linear layer."""
+
 import math
 
 import torch

@@ -3,6 +3,7 @@
 A model is named as open_clip names it ("ViT-B-16"), or as a folder with open_clip_config.json and weights
 ("local-dir:FOLDER"). Weights are a tag of open_clip ("openai"), which is downloaded, or a file.
 """
+
 import difflib
 import hashlib
 import json
@@ -33,17 +34,21 @@ def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
     options = {"force_quick_gelu": True} if tag and tag.get("quick_gelu") else {}
     named = model.startswith(_SCHEMES)
     try:
-        network = open_clip.create_model(model, pretrained=None if named else pretrained, require_pretrained=True,
-                                         **options)
+        network = open_clip.create_model(
+            model, pretrained=None if named else pretrained, require_pretrained=True, **options
+        )
     except Exception as error:  # open_clip wraps what its readers raise in whatever was at hand
         reason = " ".join(str(error).split())[:200]
         if tag or model.startswith("hf-hub:"):
             name = f"{model}-quickgelu" if options and not model.endswith("-quickgelu") else model
             instead = ", or make an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
-            raise UserError(f"{key}: the weights {model} {pretrained} could not be downloaded; fetch them elsewhere "
-                            f"and name the file in {key}.PRETRAINED (with MODEL {name}){instead}. {reason}") from error
-        raise UserError(f"{model if named else pretrained}: does not hold the weights of {key}.MODEL {model} "
-                        f"({reason}).") from error
+            raise UserError(
+                f"{key}: the weights {model} {pretrained} could not be downloaded; fetch them elsewhere "
+                f"and name the file in {key}.PRETRAINED (with MODEL {name}){instead}. {reason}"
+            ) from error
+        raise UserError(
+            f"{model if named else pretrained}: does not hold the weights of {key}.MODEL {model} ({reason})."
+        ) from error
     return network.eval().requires_grad_(False)
 
 
@@ -58,11 +63,14 @@ def check_clip(model: str, pretrained: str, key: str) -> None:
         raise UserError(f"{key}.MODEL: open_clip has no model {model!r}; similar: {', '.join(near) or 'none'}.")
     if _tag(model, pretrained) is None and not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise UserError(f"{key}.PRETRAINED: {pretrained!r} is neither a file nor weights that open_clip knows for "
-                        f"{model} ({tags}).")
+        raise UserError(
+            f"{key}.PRETRAINED: {pretrained!r} is neither a file nor weights that open_clip knows for {model} ({tags})."
+        )
     if os.path.isfile(pretrained) and _is_torchscript(pretrained):
-        raise UserError(f"{pretrained}: is a TorchScript archive ({key}.PRETRAINED); use the same weights as a state "
-                        "dict or .safetensors file.")
+        raise UserError(
+            f"{pretrained}: is a TorchScript archive ({key}.PRETRAINED); use the same weights as a state "
+            "dict or .safetensors file."
+        )
 
 
 def clip_fingerprint(model: str, pretrained: str, key: str) -> str:

@@ -1,4 +1,5 @@
 """From queries to class probabilities per pixel, and the ways to cover an image with them."""
+
 from dataclasses import dataclass
 
 import torch
@@ -14,34 +15,35 @@ class Probabilities:
     """What the network says of B images.
 
     Attributes:
-        kept: (B, K', H, W) probabilities of the kept classes. index: (B, K'), their positions in the list of names.
-        num_classes: K. relevance: (B, K) of all names; pixel_text: (B, K', H/4, W/4), the pixel-text scores; both
+        values: (B, K', H, W) probabilities of the selected classes.
+        index: (B, K'), their positions in the list of names.
+        num_classes: K. relevance: (B, K) of all names; pixel_text: (B, K', H/4, W/4), the pixel-text similarity; both
             None in a network without language modules.
     """
 
-    kept: torch.Tensor
+    values: torch.Tensor
     index: torch.Tensor
     num_classes: int
     relevance: torch.Tensor | None = None
     pixel_text: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
-        """(B, K, H, W): a class that was not kept has probability 0."""
-        return self.spread(self.kept)
+        """(B, K, H, W): a class that was not selected has probability 0."""
+        return self.scatter_to_all_classes(self.values)
 
-    def spread(self, maps: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        """Maps (B, K', h, w) of the kept classes -> (B, K, h, w), `fill` for the others."""
+    def scatter_to_all_classes(self, maps: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """Maps (B, K', h, w) of the selected classes -> (B, K, h, w), `fill` for the others."""
         index = self.index[..., None, None].expand_as(maps)
         return maps.new_full((len(maps), self.num_classes, *maps.shape[2:]), fill).scatter(1, index, maps)
 
 
-class ClassScores(nn.Module):
+class ClassScoreHead(nn.Module):
     """Evidence u_k(x) and probability p_k = u_k / (epsilon + sum_j u_j).
 
     u_k = s_k * (w_s * mean_e g_ek * sigmoid(mask) + w_i * sum_n softmax(class)_k * sigmoid(mask)), with the relevance
     s_k and the first term only where there are semantic queries. g_ek = 1 - (1 - presence)(1 - s_k): a class is taken
     for absent only if its query and its relevance agree; presence alone loses small objects (docs/DECISIONS.md).
-    w and epsilon are learnable and positive; epsilon is the evidence a pixel must gather before it can be sure.
+    w and epsilon are learnable and positive; epsilon is the class_scores a pixel must gather before it can be sure.
     Without it the scores of a mask transformer are no probabilities, and no confidence threshold means anything.
     """
 
@@ -60,24 +62,26 @@ class ClassScores(nn.Module):
     def forward(self, class_logits, mask_logits, presence_logits=None, region_logits=None, relevance=None):
         """
         Args:
-            class_logits: (..., N, K+1). mask_logits: (..., N, P), at P places.
+            class_logits: (..., N, K+1). mask_logits: (..., N, P), at P point_coords.
             presence_logits: (..., E, K), region_logits: (..., E, K, P), of the semantic queries, or None.
             relevance: (B, K), B being the last of the leading dimensions; or None, without semantic queries.
         Returns:
-            evidence (..., K, P).
+            class_scores (..., K, P).
         """
         classes = class_logits.float().softmax(-1)[..., :-1]
-        evidence = torch.einsum("...nk,...np->...kp", classes, mask_logits.float().sigmoid())
-        evidence = self.log_instance_weight.exp() * evidence
+        class_scores = torch.einsum("...nk,...np->...kp", classes, mask_logits.float().sigmoid())
+        class_scores = self.log_instance_weight.exp() * class_scores
         if region_logits is not None:
             gate = 1 - (-presence_logits.float()).sigmoid() * (1 - relevance[:, None])  # (..., E, K)
             weight = self.log_semantic_weight.exp() / gate.shape[-2]
-            evidence = evidence + torch.einsum("...ek,...ekp->...kp", weight * gate, region_logits.float().sigmoid())
-        return evidence if relevance is None else relevance[..., None] * evidence
+            class_scores = class_scores + torch.einsum(
+                "...ek,...ekp->...kp", weight * gate, region_logits.float().sigmoid()
+            )
+        return class_scores if relevance is None else relevance[..., None] * class_scores
 
-    def normalize(self, evidence):
-        """(B, K, H, W) evidence -> probabilities; they sum to less than 1 where evidence is thin."""
-        return evidence / (self.epsilon + evidence.sum(dim=1, keepdim=True))
+    def normalize(self, class_scores):
+        """(B, K, H, W) class_scores -> probabilities; they sum to less than 1 where class_scores is thin."""
+        return class_scores / (self.epsilon + class_scores.sum(dim=1, keepdim=True))
 
 
 class InferenceProtocol:
@@ -87,33 +91,52 @@ class InferenceProtocol:
         mode: "whole" image or "sliding" window. window, stride: (height, width) in pixels of a sliding window.
         scales: factors on the image's size; the probabilities at all of them are averaged. flip: and those of the
             mirrored images.
-        kept_only: give the kept classes alone, not all K. short_side: to which the loader resizes test images; only
-            stated here.
+        selected_only: return the selected classes only, not all K. short_side: to which the loader resizes test images;
+            only stated here.
     Raises:
         UserError: values that do not go together.
     """
 
     @configurable
-    def __init__(self, mode="whole", window=(512, 512), stride=(341, 341), scales=(1.0,), flip=False, kept_only=False,
-                 short_side=0):
+    def __init__(
+        self,
+        mode="whole",
+        window=(512, 512),
+        stride=(341, 341),
+        scales=(1.0,),
+        flip=False,
+        selected_only=False,
+        short_side=0,
+    ):
         if mode not in ("whole", "sliding"):
             raise UserError(f"TEST.MODE: {mode!r} is not one of whole, sliding.")
         if mode == "sliding" and not all(0 < step <= edge for step, edge in zip(stride, window)):
-            raise UserError(f"TEST.STRIDE: {tuple(stride)} must lie between 1 and TEST.WINDOW, {tuple(window)}, or "
-                            "pixels between the windows are never seen.")
+            raise UserError(
+                f"TEST.STRIDE: {tuple(stride)} must lie between 1 and TEST.WINDOW, {tuple(window)}, or "
+                "pixels between the windows are never seen."
+            )
         if not scales or min(scales) <= 0:
             raise UserError(f"TEST.SCALES: {tuple(scales)} must be one or more factors above 0.")
-        if kept_only and (mode == "sliding" or flip or len(scales) > 1):
-            raise UserError("TEST.KEPT_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
-                            "keeps other classes.")
+        if selected_only and (mode == "sliding" or flip or len(scales) > 1):
+            raise UserError(
+                "TEST.SELECTED_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
+                "selects other classes."
+            )
         self.mode, self.window, self.stride = mode, tuple(window), tuple(stride)
-        self.scales, self.flip, self.kept_only, self.short_side = tuple(scales), flip, kept_only, short_side
+        self.scales, self.flip, self.selected_only, self.short_side = tuple(scales), flip, selected_only, short_side
 
     @classmethod
     def from_config(cls, cfg):
         test = cfg.TEST
-        return {"mode": test.MODE, "window": test.WINDOW, "stride": test.STRIDE, "scales": test.SCALES,
-                "flip": test.FLIP, "kept_only": test.KEPT_ONLY, "short_side": cfg.INPUT.TEST_SHORT_SIDE}
+        return {
+            "mode": test.MODE,
+            "window": test.WINDOW,
+            "stride": test.STRIDE,
+            "scales": test.SCALES,
+            "flip": test.FLIP,
+            "selected_only": test.SELECTED_ONLY,
+            "short_side": cfg.INPUT.TEST_SHORT_SIDE,
+        }
 
     def __str__(self):
         parts = ["whole image"]
@@ -125,22 +148,22 @@ class InferenceProtocol:
             parts.append("scales " + " ".join(f"{scale:g}" for scale in self.scales))
         return ", ".join(parts + ["mirrored too"] * self.flip)
 
-    def cover(self, image, size, predict) -> dict:
+    def predict_image(self, image, size, predict) -> dict:
         """
         Args:
             image: (1, 3, H, W). size: (height, width) of the result. predict: images (1, 3, h, w) -> Probabilities.
         Returns:
-            {"sem_seg": (K, *size)}; with kept_only (K', *size) and "classes" (K',), which they are.
+            {"sem_seg": (K, *size)}; with selected_only (K', *size) and "classes" (K',), which they are.
         """
-        if self.kept_only:
-            said = predict(self._scaled(image, self.scales[0]))
-            return {"sem_seg": resized(said.kept, size)[0], "classes": said.index[0]}
+        if self.selected_only:
+            prediction = predict(self._scaled(image, self.scales[0]))
+            return {"sem_seg": resize_maps(prediction.values, size)[0], "classes": prediction.index[0]}
         total, views = 0, 0
         for scale in self.scales:
             scaled = self._scaled(image, scale)
-            for mirrored in (False, True)[:1 + self.flip]:
+            for mirrored in (False, True)[: 1 + self.flip]:
                 dense = self._dense(scaled.flip(3) if mirrored else scaled, predict)
-                total = total + resized(dense.flip(3) if mirrored else dense, size)
+                total = total + resize_maps(dense.flip(3) if mirrored else dense, size)
                 views += 1
         return {"sem_seg": total[0] / views}
 
@@ -153,16 +176,16 @@ class InferenceProtocol:
     @staticmethod
     def _scaled(image, scale):
         size = [max(1, round(edge * scale)) for edge in image.shape[2:]]
-        return resized(image, size, antialias=scale < 1)
+        return resize_maps(image, size, antialias=scale < 1)
 
 
-def full_size(maps: torch.Tensor, size) -> torch.Tensor:
+def upsample_to_image(maps: torch.Tensor, size) -> torch.Tensor:
     """Maps at a quarter of the padded images' size, (B, C, h, w) -> (B, C, *size) of the images, without padding."""
     maps = F.interpolate(maps, scale_factor=4, mode="bilinear", align_corners=False)
-    return maps[..., :size[0], :size[1]]
+    return maps[..., : size[0], : size[1]]
 
 
-def resized(maps, size, antialias=False):
+def resize_maps(maps, size, antialias=False):
     """(B, C, h, w) -> (B, C, *size), bilinear."""
     if tuple(size) == tuple(maps.shape[2:]):
         return maps
@@ -184,8 +207,8 @@ def sliding_window(images, predict, window, stride):
     """
     height, width = images.shape[-2:]
     total = count = None
-    for top in _starts(height, window[0], stride[0]):
-        for left in _starts(width, window[1], stride[1]):
+    for top in _window_starts(height, window[0], stride[0]):
+        for left in _window_starts(width, window[1], stride[1]):
             area = (..., slice(top, top + window[0]), slice(left, left + window[1]))
             part = predict(images[area])
             if total is None:
@@ -196,7 +219,7 @@ def sliding_window(images, predict, window, stride):
     return total / count
 
 
-def _starts(length, window, stride):
+def _window_starts(length, window, stride):
     """Window starts that cover `length`; the last window ends at the border."""
     last = max(length - window, 0)
     return [*range(0, last, stride), last]

@@ -1,4 +1,5 @@
 """Layers that several modules share."""
+
 import math
 
 import torch
@@ -34,8 +35,10 @@ class Attention(nn.MultiheadAttention):
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         # (B, X, C) -> (B, heads, X, C/heads)
-        q, k, v = (F.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-                   for x, w, b in zip((query, key, value), weights, biases))
+        q, k, v = (
+            F.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases)
+        )
         if mask is not None:
             mask = mask[:, None] if mask.dtype == torch.bool else mask[:, None].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -54,12 +57,12 @@ class Temperature(nn.Module):
         return self.log.exp().clamp(self.low, self.high)
 
 
-def shrink_mask(inside: torch.Tensor, size) -> torch.Tensor:
+def downsample_mask(inside: torch.Tensor, size) -> torch.Tensor:
     """(B, H, W) bool -> (B, h, w) bool: a cell is inside if any of its pixels is."""
     return F.adaptive_max_pool2d(inside.float(), size) > 0
 
 
-def unit(maps: torch.Tensor) -> torch.Tensor:
+def l2_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Maps (B, C, h, w) with every position's channels scaled to unit length; a zero vector stays zero.
 
     F.normalize over the channels of a map is nine times slower on a CPU.

@@ -4,6 +4,7 @@ Mask2Former (arXiv 2112.01527, section 3.2.2), with the same state-dict names. I
 res2..res5. Outputs: memory F1, F2, F3 at strides 32, 16, 8, each (B, conv_dim, h, w), and mask features M
 (B, mask_dim, H/4, W/4).
 """
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -18,11 +19,12 @@ _LEVELS = ("res5", "res4", "res3")  # coarse to fine, the order in which the dec
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, normalised after each; with `text_dim`, pixels also look
+    """Deformable self-attention and a feed-forward network, normalized after each; with `text_dim`, pixels also look
     at the names of the kept classes, through a gate that starts near zero."""
 
-    def __init__(self, dim: int, feedforward_dim: int, num_levels: int, num_heads: int, num_points: int,
-                 text_dim: int = 0):
+    def __init__(
+        self, dim: int, feedforward_dim: int, num_levels: int, num_heads: int, num_points: int, text_dim: int = 0
+    ):
         super().__init__()
         self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(dim)
@@ -53,8 +55,7 @@ class Encoder(nn.Module):
 class Transformer(nn.Module):
     """The encoder and the embedding that tells its levels apart (named as in Mask2Former's checkpoints)."""
 
-    def __init__(self, num_layers: int, dim: int, feedforward_dim: int, num_heads: int, num_points: int,
-                 text_dim: int):
+    def __init__(self, num_layers: int, dim: int, feedforward_dim: int, num_heads: int, num_points: int, text_dim: int):
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(len(_LEVELS), dim))
         self.encoder = Encoder(num_layers, dim, feedforward_dim, len(_LEVELS), num_heads, num_points, text_dim)
@@ -70,8 +71,12 @@ class Transformer(nn.Module):
         sizes = [h * w for h, w in shapes]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
-        position = torch.cat([sine_position(h, w, x.shape[2], x.device).flatten(1).t() + embed
-                              for (h, w), embed in zip(shapes, self.level_embed)])[None]  # (1, S, C)
+        position = torch.cat(
+            [
+                sine_position(h, w, x.shape[2], x.device).flatten(1).t() + embed
+                for (h, w), embed in zip(shapes, self.level_embed)
+            ]
+        )[None]  # (1, S, C)
         reference = _reference_points(shapes, x.device)
         for layer in self.encoder.layers:
             x = layer(x, position, reference, shapes, starts, text)
@@ -83,8 +88,18 @@ class PixelDecoder(nn.Module):
     """See the module's docstring."""
 
     @configurable
-    def __init__(self, input_shape: dict[str, ShapeSpec], *, conv_dim: int, mask_dim: int, num_layers: int,
-                 num_heads: int, num_points: int, feedforward_dim: int, text_dim: int = 0):
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        conv_dim: int,
+        mask_dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        feedforward_dim: int,
+        text_dim: int = 0,
+    ):
         """
         Args:
             input_shape: the backbone's `output_shape()`.
@@ -95,16 +110,17 @@ class PixelDecoder(nn.Module):
         super().__init__()
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(input_shape[name].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
-            for name in _LEVELS)
+            for name in _LEVELS
+        )
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
         self.transformer = Transformer(num_layers, conv_dim, feedforward_dim, num_heads, num_points, text_dim)
         self.text_aware = text_dim > 0
-        self.adapter_1 = Conv2d(input_shape["res2"].channels, conv_dim, 1, bias=False,
-                                norm=nn.GroupNorm(32, conv_dim))
-        self.layer_1 = Conv2d(conv_dim, conv_dim, 3, padding=1, bias=False, norm=nn.GroupNorm(32, conv_dim),
-                              activation=F.relu)
+        self.adapter_1 = Conv2d(input_shape["res2"].channels, conv_dim, 1, bias=False, norm=nn.GroupNorm(32, conv_dim))
+        self.layer_1 = Conv2d(
+            conv_dim, conv_dim, 3, padding=1, bias=False, norm=nn.GroupNorm(32, conv_dim), activation=F.relu
+        )
         self.mask_features = nn.Conv2d(conv_dim, mask_dim, 1)
         for conv in (self.adapter_1, self.layer_1, self.mask_features):
             nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -113,22 +129,30 @@ class PixelDecoder(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape, text_dim=0):
         options = cfg.MODEL.PIXEL_DECODER
-        return {"input_shape": input_shape, "conv_dim": options.CONV_DIM, "mask_dim": options.MASK_DIM,
-                "num_layers": options.ENC_LAYERS, "num_heads": options.NUM_HEADS,
-                "num_points": options.NUM_POINTS, "feedforward_dim": options.FEEDFORWARD_DIM,
-                "text_dim": text_dim if options.TEXT_AWARE else 0}
+        return {
+            "input_shape": input_shape,
+            "conv_dim": options.CONV_DIM,
+            "mask_dim": options.MASK_DIM,
+            "num_layers": options.ENC_LAYERS,
+            "num_heads": options.NUM_HEADS,
+            "num_points": options.NUM_POINTS,
+            "feedforward_dim": options.FEEDFORWARD_DIM,
+            "text_dim": text_dim if options.TEXT_AWARE else 0,
+        }
 
     def forward(self, features, text=None):
         """dict res2..res5, names of the kept classes (B, K', Dt) -> (memory: [F1, F2, F3], mask features)."""
-        memory = self.transformer([project(features[name]) for project, name in zip(self.input_proj, _LEVELS)],
-                                  text if self.text_aware else None)
+        memory = self.transformer(
+            [project(features[name]) for project, name in zip(self.input_proj, _LEVELS)],
+            text if self.text_aware else None,
+        )
         lateral = self.adapter_1(features["res2"])
         top_down = F.interpolate(memory[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
         return memory, self.mask_features(self.layer_1(lateral + top_down))
 
 
 def _reference_points(shapes, device):
-    """Every token's own centre, seen from every level: (1, S, L, 2) as (x, y) in [0, 1]."""
+    """Every token's own center, seen from every level: (1, S, L, 2) as (x, y) in [0, 1]."""
     points = []
     for h, w in shapes:
         y = (torch.arange(h, device=device) + 0.5) / h

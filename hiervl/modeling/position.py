@@ -1,4 +1,5 @@
-"""Sine position embedding over an image grid (DETR; Mask2Former's settings: normalised, scale 2*pi)."""
+"""Sine position embedding over an image grid (DETR; Mask2Former's settings: normalized, scale 2*pi)."""
+
 import functools
 import math
 

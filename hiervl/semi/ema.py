@@ -1,4 +1,5 @@
 """The teacher: an exponential moving average of the student's weights."""
+
 import copy
 
 import torch
@@ -32,7 +33,7 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self, student):
-        """Move every floating-point tensor towards the student's; copy the others (counters)."""
+        """Move every floating-point tensor toward the student's; copy the others (counters)."""
         self.updates += 1
         weight = 1 - decay_at(self.updates, self.horizon)
         own, new = self.model.state_dict(), student.state_dict()

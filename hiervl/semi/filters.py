@@ -6,6 +6,7 @@ factors, so that a filter can only lower weights. `state` is a dict that the fil
 add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS; if it reads a language module's output, enter it in
 NEEDS.
 """
+
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +17,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..modeling.inference import full_size
+from ..modeling.inference import upsample_to_image
 
 
 @dataclass
@@ -24,26 +25,26 @@ class PseudoLabels:
     """The teacher's view of B images.
 
     Attributes:
-        scores: (B, K, H, W) probabilities. labels: (B, H, W) int64, their argmax. confidence: (B, H, W), their max.
+        probabilities: (B, K, H, W). labels: (B, H, W) int64, their argmax. confidence: (B, H, W), their max.
         valid: (B, H, W) bool, False on padding. class_names: K names.
-        looked_for: (B, K) bool, classes that the teacher kept; None: all.
-        relevance: (B, K) in [0, 1] and pixel_text: (B, K, h, w), the pixel-text scores at a quarter of the size (-1
+        considered: (B, K) bool, classes that the teacher kept; None: all.
+        relevance: (B, K) in [0, 1] and pixel_text: (B, K, h, w), the pixel-text similarity at a quarter of the size (-1
             for a class that was not kept); None from a teacher without language modules.
     """
 
-    scores: torch.Tensor
+    probabilities: torch.Tensor
     labels: torch.Tensor
     confidence: torch.Tensor
     valid: torch.Tensor
     class_names: list
-    looked_for: torch.Tensor | None = None
+    considered: torch.Tensor | None = None
     relevance: torch.Tensor | None = None
     pixel_text: torch.Tensor | None = None
 
     @classmethod
-    def from_scores(cls, scores, valid, class_names, **more):
-        confidence, labels = scores.max(dim=1)
-        return cls(scores, labels, confidence, valid, class_names, **more)
+    def from_probabilities(cls, probabilities, valid, class_names, **more):
+        confidence, labels = probabilities.max(dim=1)
+        return cls(probabilities, labels, confidence, valid, class_names, **more)
 
 
 FILTERS = {}
@@ -65,27 +66,28 @@ def confidence(pseudo, weight, state, *, threshold):
 def adaptive(pseudo, weight, state, *, quantile, floor, ceiling, momentum):
     """Keep pixels that are sure for their class: one threshold per class, a running quantile of the confidence of
     the pixels given to it, between `floor` and `ceiling`. A class not seen yet has the floor."""
-    totals = pseudo.scores.new_zeros(2, len(pseudo.class_names))  # sum of quantiles, number of ranks that saw it
+    totals = pseudo.probabilities.new_zeros(2, len(pseudo.class_names))  # sum of quantiles, number of ranks that saw it
     for k in pseudo.labels[weight > 0].unique().tolist():
         values = pseudo.confidence[(pseudo.labels == k) & (weight > 0)]
         # torch.quantile refuses more than 2^24 values; a stride keeps the order statistics.
-        totals[:, k] = torch.stack((values[::len(values) // 2**20 + 1].quantile(quantile), values.new_ones(())))
+        totals[:, k] = torch.stack((values[:: len(values) // 2**20 + 1].quantile(quantile), values.new_ones(())))
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(totals)
     for k in totals[1].nonzero()[:, 0].tolist():
         name, value = pseudo.class_names[k], (totals[0, k] / totals[1, k]).item()
         state[name] = momentum * state[name] + (1 - momentum) * value if name in state else value
-    thresholds = pseudo.scores.new_tensor([min(max(state.get(n, floor), floor), ceiling)
-                                           for n in pseudo.class_names])
+    thresholds = pseudo.probabilities.new_tensor(
+        [min(max(state.get(n, floor), floor), ceiling) for n in pseudo.class_names]
+    )
     return (pseudo.confidence >= thresholds[pseudo.labels]).to(weight)
 
 
 @register
 def text_agreement(pseudo, weight, state, *, margin):
-    """Keep pixels whose label the pixel-text scores rank first, or within `margin` (of a cosine) of the first."""
-    scores = full_size(pseudo.pixel_text, weight.shape[1:])  # (B, K, H, W)
-    own = scores.gather(1, pseudo.labels[:, None])[:, 0]
-    return (own >= scores.amax(1) - margin).to(weight)
+    """Keep pixels whose label the pixel-text similarity rank first, or within `margin` (of a cosine) of the first."""
+    similarity = upsample_to_image(pseudo.pixel_text, weight.shape[1:])  # (B, K, H, W)
+    own = similarity.gather(1, pseudo.labels[:, None])[:, 0]
+    return (own >= similarity.amax(1) - margin).to(weight)
 
 
 @register
@@ -151,16 +153,19 @@ class FilterChain:
         """
         for name in cfg.SEMI.FILTERS:
             if name in NEEDS and not cfg.MODEL[NEEDS[name]].ENABLED:
-                raise UserError(f"SEMI.FILTERS: the filter {name!r} needs MODEL.{NEEDS[name]}.ENABLED True; set it, or "
-                                "leave the filter out.")
+                raise UserError(
+                    f"SEMI.FILTERS: the filter {name!r} needs MODEL.{NEEDS[name]}.ENABLED True; set it, or "
+                    "leave the filter out."
+                )
         options = cfg.SEMI.FILTER
-        return cls([(name, {k.lower(): v for k, v in options.get(name.upper(), {}).items()})
-                    for name in cfg.SEMI.FILTERS])
+        return cls(
+            [(name, {k.lower(): v for k, v in options.get(name.upper(), {}).items()}) for name in cfg.SEMI.FILTERS]
+        )
 
     @torch.no_grad()
     def __call__(self, pseudo: PseudoLabels):
         """Returns (weight (B, H, W), {filter name: share of the valid pixels' weight kept up to and with it})."""
-        weight = pseudo.valid.to(pseudo.scores.dtype)
+        weight = pseudo.valid.to(pseudo.probabilities.dtype)
         total = weight.sum().clamp(min=1)
         kept = {}
         for name, options in self.steps:

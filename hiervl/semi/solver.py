@@ -1,4 +1,5 @@
 """Optimizer and learning-rate schedule: AdamW with a slower backbone, warm-up, then polynomial decay."""
+
 import torch
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
@@ -7,8 +8,16 @@ from torch import nn
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # Bare parameters that say where something is or what kind it is, by the ends of their names.
-_POSITIONS = ("level_embed", "pos_embed", "positional_embedding", "class_embedding", "cls_token",
-              "reg_token", "mask_token", "relative_position_bias_table")
+_POSITIONS = (
+    "level_embed",
+    "pos_embed",
+    "positional_embedding",
+    "class_embedding",
+    "cls_token",
+    "reg_token",
+    "mask_token",
+    "relative_position_bias_table",
+)
 
 
 def build_optimizer(cfg, model) -> torch.optim.Optimizer:
@@ -21,8 +30,12 @@ def build_optimizer(cfg, model) -> torch.optim.Optimizer:
         return solver.BACKBONE_MULTIPLIER if pretrained else 1.0
 
     groups = get_default_optimizer_params(
-        model, base_lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM, lr_factor_func=factor)
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        lr_factor_func=factor,
+    )
     # fused: one pass over each tensor instead of eight.
     return torch.optim.AdamW(_spare_embeddings(model, groups), lr=solver.BASE_LR, fused=True)
 
@@ -35,8 +48,10 @@ def _spare_embeddings(model, groups):
     spared -= {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
     result = []
     for group in groups:
-        for params, decay in (([p for p in group["params"] if p not in spared], group["weight_decay"]),
-                              ([p for p in group["params"] if p in spared], 0.0)):
+        for params, decay in (
+            ([p for p in group["params"] if p not in spared], group["weight_decay"]),
+            ([p for p in group["params"] if p in spared], 0.0),
+        ):
             if params:
                 result.append({**group, "params": params, "weight_decay": decay})
     return result
@@ -45,6 +60,10 @@ def _spare_embeddings(model, groups):
 def build_lr_scheduler(cfg, optimizer) -> LRMultiplier:
     """Linear warm-up of SOLVER.WARMUP_ITERS iterations, then (1 - t)^SOLVER.POLY_POWER to zero."""
     solver = cfg.SOLVER
-    schedule = WarmupParamScheduler(PolynomialDecayParamScheduler(1.0, solver.POLY_POWER), solver.WARMUP_FACTOR,
-                                    min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0), "linear")
+    schedule = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, solver.POLY_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        "linear",
+    )
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)

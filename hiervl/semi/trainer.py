@@ -1,8 +1,9 @@
-"""The training loop: labelled and pseudo-labelled images through one student, an EMA teacher beside it.
+"""The training loop: labeled and pseudo-labeled images through one student, an EMA teacher beside it.
 
 One iteration: fetch the batch → PseudoLabelHook (teacher, filters, CutMix) → losses, gradients, step → EMAHook.
 Data, point sampling and dropout depend on (seed, iteration, rank) alone, so that a resumed run continues exactly.
 """
+
 import contextlib
 import logging
 import os
@@ -34,7 +35,7 @@ class SemiSupervisedTrainer(TrainerBase):
     """Built from the whole config, as Detectron2's DefaultTrainer is; everything below it takes plain arguments.
 
     Attributes that hooks use: student, teacher, batch ({"labeled", "unlabeled"} lists of dicts), pseudo_inputs
-    (the student's pseudo-labelled inputs of this iteration), log (tensors to be written at the next log line).
+    (the student's pseudo-labeled inputs of this iteration), log (tensors to be written at the next log line).
     """
 
     def __init__(self, cfg):
@@ -44,9 +45,12 @@ class SemiSupervisedTrainer(TrainerBase):
         torch.manual_seed(cfg.SEED)
         self.student = build_model(cfg)
         on_gpu = self.student.device.type == "cuda"
-        self.model = create_ddp_model(self.student, broadcast_buffers=False,
-                                      device_ids=[comm.get_local_rank()] if on_gpu else None,
-                                      find_unused_parameters=may_lack_gradients(cfg))
+        self.model = create_ddp_model(
+            self.student,
+            broadcast_buffers=False,
+            device_ids=[comm.get_local_rank()] if on_gpu else None,
+            find_unused_parameters=may_lack_gradients(cfg),
+        )
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
         self.teacher.model.regularizers = None  # a teacher has no losses, and needs no copy of the initial backbone
@@ -54,10 +58,16 @@ class SemiSupervisedTrainer(TrainerBase):
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.evaluation = Evaluation(cfg, {"student": self.student, "teacher": self.teacher.model})
-        self.checkpointer = AtomicCheckpointer(self.student, cfg.OUTPUT_DIR, teacher=self.teacher.model,
-                                               optimizer=self.optimizer, scheduler=self.scheduler, trainer=self,
-                                               trained_names=TrainedNames(self.student, self.teacher.model),
-                                               **self._initial_backbone())
+        self.checkpointer = AtomicCheckpointer(
+            self.student,
+            cfg.OUTPUT_DIR,
+            teacher=self.teacher.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            trainer=self,
+            trained_names=TrainedNames(self.student, self.teacher.model),
+            **self._initial_backbone(),
+        )
         self.log, self.pseudo_inputs, self.batch = {}, [], None
         self.register_hooks(self.build_hooks())
 
@@ -68,20 +78,28 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def build_hooks(self):
         cfg = self.cfg
-        hooks = [PseudoLabelHook.from_config(cfg), EMAHook(cfg.SEMI.BURN_IN), d2_hooks.IterationTimer(),
-                 d2_hooks.LRScheduler(optimizer=self.optimizer, scheduler=self.scheduler),
-                 d2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate)]
+        hooks = [
+            PseudoLabelHook.from_config(cfg),
+            EMAHook(cfg.SEMI.BURN_IN),
+            d2_hooks.IterationTimer(),
+            d2_hooks.LRScheduler(optimizer=self.optimizer, scheduler=self.scheduler),
+            d2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
+        ]
         if comm.is_main_process():
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-            writers = [CommonMetricPrinter(self.max_iter, window_size=1), JSONWriter(f"{cfg.OUTPUT_DIR}/metrics.json"),
-                       TensorboardXWriter(cfg.OUTPUT_DIR)]
-            hooks += [d2_hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD,
-                                                    max_iter=self.max_iter),
-                      d2_hooks.PeriodicWriter(writers, period=cfg.SOLVER.LOG_PERIOD)]
+            writers = [
+                CommonMetricPrinter(self.max_iter, window_size=1),
+                JSONWriter(f"{cfg.OUTPUT_DIR}/metrics.json"),
+                TensorboardXWriter(cfg.OUTPUT_DIR),
+            ]
+            hooks += [
+                d2_hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=self.max_iter),
+                d2_hooks.PeriodicWriter(writers, period=cfg.SOLVER.LOG_PERIOD),
+            ]
         return hooks
 
     def resume_or_load(self, resume: bool):
-        """Continue from the last checkpoint of OUTPUT_DIR, or initialise from MODEL.WEIGHTS."""
+        """Continue from the last checkpoint of OUTPUT_DIR, or initialize from MODEL.WEIGHTS."""
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             self.start_iter = self.iter + 1
@@ -97,8 +115,10 @@ class SemiSupervisedTrainer(TrainerBase):
         self.model.train()
         super().train(self.start_iter, self.max_iter)
         if self.evaluation.results:  # the main process only
-            logger.info("The last evaluation, and the best, which was chosen on these images:\n%s",
-                        summary_table(self.evaluation.results))
+            logger.info(
+                "The last evaluation, and the best, which was chosen on these images:\n%s",
+                summary_table(self.evaluation.results),
+            )
         return self.evaluation.results
 
     def load_for_evaluation(self):
@@ -172,28 +192,35 @@ class SemiSupervisedTrainer(TrainerBase):
         return semi.WEIGHT * min(1.0, (step + 1) / max(semi.RAMP, 1)) if step >= 0 else 0.0
 
     def _total(self, losses):
-        """What is minimised: the sum of the losses, those of the pseudo-labelled images times λ_u."""
+        """What is minimized: the sum of the losses, those of the pseudo-labeled images times λ_u."""
         weight = self.unlabeled_weight()
         return sum(value * (weight if name.startswith("loss_u_") else 1.0) for name, value in losses.items())
 
     def _report_non_finite(self):
         files = [x["file_name"] for kind in self.batch.values() for x in kind]
         bad = [name for name, value in self.log.items() if not torch.isfinite(value)]
-        raise FloatingPointError(f"iteration {self.iter}: the gradient is not finite (losses not finite: "
-                                 f"{', '.join(bad) or 'none'}); the weights were not touched. "
-                                 f"Images: {', '.join(files)}")
+        raise FloatingPointError(
+            f"iteration {self.iter}: the gradient is not finite (losses not finite: "
+            f"{', '.join(bad) or 'none'}); the weights were not touched. "
+            f"Images: {', '.join(files)}"
+        )
 
-    def logs_now(self) -> bool:
+    def should_log(self) -> bool:
         return (self.iter + 1) % self.cfg.SOLVER.LOG_PERIOD == 0 or self.iter + 1 == self.max_iter
 
     def _write_log(self):
         """Scalars go to the host together, and only for the iterations that are written."""
-        if self.logs_now():
+        if self.should_log():
             values = torch.stack([value.float() for value in self.log.values()]).tolist()
             log = dict(zip(self.log, values))
             total = self._total({name: value for name, value in log.items() if name.startswith("loss_")})
-            self.storage.put_scalars(**log, unlabeled_weight=self.unlabeled_weight(), total_loss=total,
-                                     data_time=self._data_time, smoothing_hint=False)
+            self.storage.put_scalars(
+                **log,
+                unlabeled_weight=self.unlabeled_weight(),
+                total_loss=total,
+                data_time=self._data_time,
+                smoothing_hint=False,
+            )
         self.log = {}
 
     def evaluate(self):
@@ -226,14 +253,21 @@ def may_lack_gradients(cfg) -> bool:
     that will not come; that search costs time at every iteration, so the full network goes without.
     """
     model = cfg.MODEL
-    parts = (model.CMSAM.ENABLED, model.CMSAM.FLOWS, model.DECODER.SEMANTIC, model.REGULARIZERS.VISION_LANGUAGE,
-             model.REGULARIZERS.DIVERSITY)
+    parts = (
+        model.CMSAM.ENABLED,
+        model.CMSAM.FEATURE_EXCHANGE,
+        model.DECODER.SEMANTIC,
+        model.REGULARIZERS.VISION_LANGUAGE,
+        model.REGULARIZERS.DIVERSITY,
+    )
     return model.HSQG.ENABLED and not all(parts)
 
 
 def _check_accumulation(cfg):
-    """Every micro-batch needs a labelled image. That IMS_PER_BATCH suits the processes is the loader's concern."""
+    """Every micro-batch needs a labeled image. That IMS_PER_BATCH suits the processes is the loader's concern."""
     parts, per_batch, processes = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if not 1 <= parts <= max(per_batch // processes, 1):
-        raise UserError(f"SOLVER.ACCUMULATE is {parts}; it must lie between 1 and the number of labelled images per "
-                        f"process and iteration (SOLVER.IMS_PER_BATCH {per_batch} over {processes} processes).")
+        raise UserError(
+            f"SOLVER.ACCUMULATE is {parts}; it must lie between 1 and the number of labeled images per "
+            f"process and iteration (SOLVER.IMS_PER_BATCH {per_batch} over {processes} processes)."
+        )

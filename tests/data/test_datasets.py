@@ -38,17 +38,17 @@ def test_a_missing_data_root_and_an_unknown_part(monkeypatch, tmp_path):
 
 
 def test_a_good_folder_passes_and_is_counted(labeled):
-    check_dataset(labeled, 4, 255, most_classes=4)
+    check_dataset(labeled, 4, 255, max_classes=4)
     assert (count_pixels(labeled, 4) == 60 * 20).all()
 
 
 def test_a_mask_with_more_classes_than_can_be_kept_is_told_at_the_start(labeled):
-    with pytest.raises(UserError, match="_mask.png shows 4 classes, but MODEL.HSQG.KEEP is 3"):
-        check_dataset(labeled, 4, 255, most_classes=3)
+    with pytest.raises(UserError, match="_mask.png shows 4 classes, but MODEL.HSQG.TOP_K is 3"):
+        check_dataset(labeled, 4, 255, max_classes=3)
 
 
 def broken(folder, what):
-    """Breaks the first labelled image or mask of ``folder`` in one way."""
+    """Breaks the first labeled image or mask of ``folder`` in one way."""
     image, mask = folder / "0.png", folder / "0_mask.png"
     if what == "no image":
         image.unlink()
@@ -58,7 +58,7 @@ def broken(folder, what):
         Image.fromarray(np.full((60, 80), 37, np.uint8)).save(mask)
     elif what == "size":
         Image.fromarray(np.zeros((30, 80), np.uint8)).save(mask)
-    elif what == "colour":
+    elif what == "color":
         Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(mask)
     elif what == "truncated":
         mask.write_bytes(mask.read_bytes()[:-40])
@@ -73,7 +73,7 @@ def broken(folder, what):
         ("no mask", ["0_mask.png does not exist"]),
         ("id", ["0_mask.png has the id 37", "4 classes (0 to 3)", "class list"]),
         ("size", ["0_mask.png is 80x30", "0.png is 80x60"]),
-        ("colour", ["0_mask.png is a colour image", "indexed"]),
+        ("color", ["0_mask.png is a color image", "indexed"]),
         ("truncated", ["cannot decode", "0_mask.png"]),
         ("text", ["cannot decode", "0.png"]),
     ],
@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_that_names_the_file(folder, labeled, what, words)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_masks_are_left_alone_when_the_images_are_unlabelled(folder, unlabeled):
+def test_masks_are_left_alone_when_the_images_are_unlabeled(folder, unlabeled):
     for i in range(12):
         (folder / f"{i}_mask.png").unlink()
     check_dataset(unlabeled, 4, 255, masks=False)
@@ -95,7 +95,7 @@ def test_masks_are_left_alone_when_the_images_are_unlabelled(folder, unlabeled):
         check_dataset(unlabeled, 4, 255, sample=3, masks=False)  # the last one is always looked at
 
 
-def test_a_labelled_image_without_a_mask_in_its_list(tmp_path):
+def test_a_labeled_image_without_a_mask_in_its_list(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="a.png has no mask in its list"):
         check_dataset(PackedIndex([("a.png", "")], str(tmp_path)), 4, 255)
@@ -110,7 +110,7 @@ def test_images_are_upright_rgb(tmp_path):
     assert read_image(path).shape == (30, 20, 3) and image_size(path) == (30, 20)
 
 
-def test_a_truncated_photo_is_an_error_not_a_grey_picture(tmp_path):
+def test_a_truncated_photo_is_an_error_not_a_gray_picture(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-500])

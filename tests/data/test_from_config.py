@@ -30,12 +30,14 @@ def config(data_root, monkeypatch):
 
 
 def test_loaders_from_the_config(config):
-    items = list(build_train_loader(config("SEMI.STRONG_VIEWS", 3, "SEMI.MEASURE", True), start_iter=2))
+    items = list(
+        build_train_loader(config("SEMI.STRONG_VIEWS", 3, "SEMI.LOG_PSEUDO_LABEL_ACCURACY", True), start_iter=2)
+    )
     assert len(items) == 3
     assert [len(items[0][key]) for key in ("labeled", "unlabeled")] == [2, 2]
     sample = items[0]["unlabeled"][0]
     assert len(sample["strong"]) == len(sample["cutmix_box"]) == 3
-    assert sample["image"].shape == (3, 32, 48) and sample["measure_sem_seg"].shape == (32, 48)
+    assert sample["image"].shape == (3, 32, 48) and sample["true_sem_seg"].shape == (32, 48)
     tests = list(build_test_loader(config("INPUT.TEST_SHORT_SIDE", 24), "shapes_val"))
     assert len(tests) == 4 and tests[0][0]["image"].shape == (3, 24, 24) and tests[0][0]["height"] == 48
 

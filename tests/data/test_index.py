@@ -56,10 +56,10 @@ def test_a_broken_list_is_named_with_its_line(tmp_path, text, words):
     assert "\n" not in message and all(word in message for word in ["list.txt", *words]), message
 
 
-def test_a_missing_list_and_a_labelled_line_without_mask(tmp_path):
+def test_a_missing_list_and_a_labeled_line_without_mask(tmp_path):
     with pytest.raises(UserError, match="nowhere.txt.*README"):
         PackedIndex.from_list_file(str(tmp_path / "nowhere.txt"), "/root")
-    with pytest.raises(UserError, match="line 2: labelled image 'b.jpg' has no mask"):
+    with pytest.raises(UserError, match="line 2: labeled image 'b.jpg' has no mask"):
         read(tmp_path, "a.jpg a.png\nb.jpg\n", need_mask=True)
 
 
@@ -71,7 +71,7 @@ def test_split_lists_are_disjoint_or_an_error(folder):
         load_split(str(folder), str(folder))
 
 
-def test_split_without_an_unlabelled_list_takes_the_rest_of_the_pool(folder):
+def test_split_without_an_unlabeled_list_takes_the_rest_of_the_pool(folder):
     pool = PackedIndex.from_list_file(str(folder / "train.txt"), str(folder))
     (folder / "unlabeled.txt").unlink()
     labeled, unlabeled = load_split(str(folder), str(folder), pool)

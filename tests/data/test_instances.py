@@ -1,4 +1,5 @@
 """True instances as targets: from the instance maps on disk to the samples."""
+
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,14 @@ def test_single_objects_are_numbered_and_groups_are_not(tmp_path):
     numbers = np.full((4, 6), 26, np.uint16)
     numbers[:, 2:4], numbers[:, 4:] = 26000, 33001
     Image.fromarray(numbers).save(tmp_path / "a_inst.png")
-    record = {key: str(tmp_path / name) for key, name in [
-        ("file_name", "a.png"), ("sem_seg_file_name", "a_mask.png"), ("instances_file_name", "a_inst.png")]}
+    record = {
+        key: str(tmp_path / name)
+        for key, name in [
+            ("file_name", "a.png"),
+            ("sem_seg_file_name", "a_mask.png"),
+            ("instances_file_name", "a_inst.png"),
+        ]
+    }
     mapper = TrainMapper((8, 12), (2.0, 2.0), flip_prob=1.0, instances=True, first_instance=1000)
     sample = mapper.labeled(record, np.random.default_rng(0))
     assert sample["instances"].dtype == torch.int64
@@ -47,10 +54,29 @@ def test_single_objects_are_numbered_and_groups_are_not(tmp_path):
 def config(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     generate(str(tmp_path / "shapes"), num_train=8, num_val=2, size=48, labeled=(4,))
-    return load_config("", [
-        "DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)", "DATASETS.SPLIT_ROOT", "",
-        "DATASETS.SPLIT", "shapes/splits/seed0/4", "INPUT.CROP_SIZE", "(48, 48)", "SOLVER.IMS_PER_BATCH", 4,
-        "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 0, "MODEL.CRITERION.SEGMENTS", "instances"])
+    return load_config(
+        "",
+        [
+            "DATASETS.TRAIN",
+            "('shapes_train',)",
+            "DATASETS.TEST",
+            "('shapes_val',)",
+            "DATASETS.SPLIT_ROOT",
+            "",
+            "DATASETS.SPLIT",
+            "shapes/splits/seed0/4",
+            "INPUT.CROP_SIZE",
+            "(48, 48)",
+            "SOLVER.IMS_PER_BATCH",
+            4,
+            "SOLVER.MAX_ITER",
+            1,
+            "DATALOADER.NUM_WORKERS",
+            0,
+            "MODEL.CRITERION.SEGMENTS",
+            "instances",
+        ],
+    )
 
 
 def test_instances_of_a_data_set(config):
@@ -73,12 +99,12 @@ def test_a_missing_instance_map_and_a_data_set_without_any(config, tmp_path):
         check_dataset(PackedIndex([tuple(record.values())], str(tmp_path)), 2, 255, instances=True)
 
 
-def test_a_labelled_image_that_is_also_evaluated_on(config, tmp_path):
+def test_a_labeled_image_that_is_also_evaluated_on(config, tmp_path):
     config.MODEL.CRITERION.SEGMENTS = "class_regions"
     labeled = (tmp_path / "shapes/splits/seed0/4/labeled.txt").read_text().splitlines()[2]
     with open(tmp_path / "shapes" / "val.txt", "a") as file:
         file.write(labeled + "\n")
-    with pytest.raises(UserError, match=f"'{labeled.split()[0]}' is labelled .* also in shapes_val"):
+    with pytest.raises(UserError, match=f"'{labeled.split()[0]}' is labeled .* also in shapes_val"):
         build_train_loader(config)
     config.DATASETS.TEST = ("shapes_train",)
     build_train_loader(config)

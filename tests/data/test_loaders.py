@@ -53,7 +53,7 @@ def test_every_image_once_per_epoch_in_a_new_order(labeled, unlabeled, mapper):
     assert set(first) == set(second) == set(third) == {r["file_name"] for r in unlabeled}
     assert first != second or second != third
     seen = [s["file_name"] for i in range(10) for s in data[i]["labeled"]]
-    assert all(seen.count(r["file_name"]) == 5 for r in labeled)  # the labelled list repeats
+    assert all(seen.count(r["file_name"]) == 5 for r in labeled)  # the labeled list repeats
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -66,12 +66,12 @@ def test_ranks_together_see_the_batches_of_one(labeled, unlabeled, mapper, world
         assert_same([s for part in parts for s in part["labeled"]], whole["labeled"])
         own = [(part["unlabeled"], s) for part in parts for s in part["unlabeled"] if not s.get("extra")]
         assert len(own) == len(whole["unlabeled"])
-        for (neighbours, sample), twin in zip(own, whole["unlabeled"]):
+        for (neighbors, sample), twin in zip(own, whole["unlabeled"]):
             for key in ("file_name", "image", "strong", "valid", "cutmix_box"):
                 assert_same(sample[key], twin[key])
             # The partner's place in the list may differ, the partner may not.
             for key in ("file_name", "image", "strong", "valid"):
-                assert_same(neighbours[sample["partner"]][key], whole["unlabeled"][twin["partner"]][key])
+                assert_same(neighbors[sample["partner"]][key], whole["unlabeled"][twin["partner"]][key])
 
 
 def test_partners(labeled, unlabeled, mapper):
@@ -89,13 +89,13 @@ def test_partners(labeled, unlabeled, mapper):
     assert [s["partner"] for s in last["unlabeled"]] == [1, None]
 
 
-def test_supervised_has_an_empty_unlabelled_list_and_the_same_labelled_one(labeled, unlabeled, mapper):
+def test_supervised_has_an_empty_unlabeled_list_and_the_same_labeled_one(labeled, unlabeled, mapper):
     supervised = batches(labeled, [], mapper, unlabeled_per_batch=0)[5]
     assert supervised["unlabeled"] == []
     assert_same(supervised["labeled"], batches(labeled, unlabeled, mapper)[5]["labeled"])
 
 
-def test_the_mask_of_an_unlabelled_image_is_never_opened(folder, labeled, unlabeled, mapper, monkeypatch):
+def test_the_mask_of_an_unlabeled_image_is_never_opened(folder, labeled, unlabeled, mapper, monkeypatch):
     opened = []
     monkeypatch.setattr(images.Image, "open", lambda path, *a, f=Image.open: opened.append(path) or f(path, *a))
     data = batches(labeled, unlabeled, mapper)
@@ -106,13 +106,13 @@ def test_the_mask_of_an_unlabelled_image_is_never_opened(folder, labeled, unlabe
     for record in unlabeled:
         (folder / record["sem_seg_file_name"]).unlink()
     data[4]
-    assert "measure_sem_seg" not in data[4]["unlabeled"][0]
+    assert "true_sem_seg" not in data[4]["unlabeled"][0]
 
 
 def test_measuring_adds_the_mask_and_changes_nothing_else(labeled, unlabeled, mapper):
-    plain, measured = batches(labeled, unlabeled, mapper)[2], batches(labeled, unlabeled, mapper, measure=True)[2]
+    plain, measured = batches(labeled, unlabeled, mapper)[2], batches(labeled, unlabeled, mapper, with_truth=True)[2]
     for sample in measured["unlabeled"]:
-        assert sample.pop("measure_sem_seg").shape == (48, 64)
+        assert sample.pop("true_sem_seg").shape == (48, 64)
     assert_same(plain, measured)
 
 
@@ -172,7 +172,7 @@ def test_a_decoding_error_in_training_is_one_line_that_names_the_file(folder, la
     [
         ({"labeled_per_batch": 3, "world_size": 2}, "SOLVER.IMS_PER_BATCH is 3"),
         ({"unlabeled_per_batch": 3, "world_size": 2}, "SEMI.UNLABELED_PER_BATCH is 3"),
-        ({"unlabeled": []}, "nothing to train on: 4 labelled and 0 unlabelled"),
+        ({"unlabeled": []}, "nothing to train on: 4 labeled and 0 unlabeled"),
     ],
 )
 def test_settings_that_cannot_work(labeled, unlabeled, mapper, kwargs, words):

@@ -73,13 +73,13 @@ def test_geometry_covers_scales_places_and_flips():
         assert abs(g.size[0] / height - g.scale) < 1 / height * 2 and abs(g.size[1] / width - g.scale) < 1 / width * 2
 
 
-def test_unlabelled_views_share_the_geometry(coded):
+def test_unlabeled_views_share_the_geometry(coded):
     sample = TrainMapper((64, 64)).unlabeled(coded, rng(0, 1, 2, "crop"), [rng(0, 1, 2, f"s{v}") for v in range(2)])
     assert len(sample["strong"]) == 2 and not torch.equal(*sample["strong"])
-    assert "sem_seg" not in sample and "measure_sem_seg" not in sample
-    measured = TrainMapper((64, 64)).unlabeled(coded, rng(0, 1, 2, "crop"), [], measure=True)
+    assert "sem_seg" not in sample and "true_sem_seg" not in sample
+    measured = TrainMapper((64, 64)).unlabeled(coded, rng(0, 1, 2, "crop"), [], with_truth=True)
     assert torch.equal(measured["image"], sample["image"])
-    assert (measured["image"][0].float() / 4 - measured["measure_sem_seg"])[measured["valid"]].abs().max() < 1.3
+    assert (measured["image"][0].float() / 4 - measured["true_sem_seg"])[measured["valid"]].abs().max() < 1.3
 
 
 def test_a_crop_of_one_class_is_drawn_again(tmp_path):
@@ -125,16 +125,16 @@ def test_strong_views_depend_on_their_generator_alone():
     assert (strong_view(image, rng(0, 0, 0, "s")) == first).all() and (image == before).all()
     views = [strong_view(image, rng(0, 0, s, "s")) for s in range(50)]
     assert all(v.dtype == np.uint8 and v.shape == image.shape for v in views)
-    grey = np.mean([np.ptp(v.astype(int), axis=2).max() <= 2 for v in views])
+    gray = np.mean([np.ptp(v.astype(int), axis=2).max() <= 2 for v in views])
     same = np.mean([(v == image).all() for v in views])
-    assert 0.05 < grey < 0.4 and same < 0.25
+    assert 0.05 < gray < 0.4 and same < 0.25
 
 
-def test_colour_steps_have_their_fixed_points():
+def test_color_steps_have_their_fixed_points():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
         assert (adjust(image, 1) == image).all()
-    rounding = abs(adjust_hue(image, 0).astype(int) - image)  # of the 8-bit colour circle
+    rounding = abs(adjust_hue(image, 0).astype(int) - image)  # of the 8-bit color circle
     assert rounding.max() <= 10 and rounding.mean() < 2
     assert (adjust_brightness(image, 0) == 0).all()
     assert np.ptp(adjust_contrast(image, 0)) == 0

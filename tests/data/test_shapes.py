@@ -57,9 +57,9 @@ def test_instances_and_masks_agree(made):
     assert hidden > 0  # two objects of one class do occur: instances carry more than the mask
 
 
-def test_every_shape_has_every_colour_and_a_fair_area():
-    for colour in shapes.COLOURS:
-        assert all(f"{colour} {shape}" in CLASSES for shape in shapes.SHAPES)
+def test_every_shape_has_every_color_and_a_fair_area():
+    for color in shapes.COLORS:
+        assert all(f"{color} {shape}" in CLASSES for shape in shapes.SHAPES)
     step = (np.arange(80) + 0.5) / 40 - 1
     areas = {name: inside(*np.meshgrid(step, step)).mean() for name, inside in shapes.SHAPES.items()}
     assert abs(areas["disc"] - np.pi / 4) < 0.01 and all(0.25 < area < 0.8 for area in areas.values()), areas

@@ -22,12 +22,12 @@ from . import miniatures
 from .miniatures import SIZE, indexed, photo
 from .test_prepare import TINY
 
-COLOURS = {(255, 0, 0): "road", (0, 0, 10): "car", (0, 0, 20): "car", (9, 9, 9): "ignore"}
+COLORS = {(255, 0, 0): "road", (0, 0, 10): "car", (0, 0, 20): "car", (9, 9, 9): "ignore"}
 
 
 @pytest.fixture
 def own(tmp_path):
-    """6 photos with indexed and colour-coded masks in a subfolder, 2 without; classes road, car."""
+    """6 photos with indexed and color-coded masks in a subfolder, 2 without; classes road, car."""
     folder = tmp_path / "my photos"
     for i in range(8):
         photo(folder / "images" / "süd" / f"foto {i}.jpg", i)
@@ -35,18 +35,18 @@ def own(tmp_path):
             ids = np.zeros(SIZE, np.uint8)
             ids[:4], ids[4:8, :i] = 255, 1
             indexed(folder / "masks" / "süd" / f"foto {i}.png", ids)
-            colours = np.full((*SIZE, 3), (255, 0, 0), np.uint8)
-            colours[:4], colours[4:8, :i] = (9, 9, 9), (0, 0, 10 + 10 * (i % 2))
-            (folder / "colours" / "süd").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(colours).save(folder / "colours" / "süd" / f"foto {i}.png")
+            colors = np.full((*SIZE, 3), (255, 0, 0), np.uint8)
+            colors[:4], colors[4:8, :i] = (9, 9, 9), (0, 0, 10 + 10 * (i % 2))
+            (folder / "colors" / "süd").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(colors).save(folder / "colors" / "süd" / f"foto {i}.png")
     (folder / "classes.txt").write_text("road\ncar\n")
-    (folder / "palette.txt").write_text("".join(f"{r} {g} {b} {name}\n" for (r, g, b), name in COLOURS.items()))
+    (folder / "palette.txt").write_text("".join(f"{r} {g} {b} {name}\n" for (r, g, b), name in COLORS.items()))
     return folder
 
 
 @pytest.fixture
 def prepare(run, data_root, own):
-    """Runs prepare_folder on `own`: with colours, or with the masks of another folder."""
+    """Runs prepare_folder on `own`: with colors, or with the masks of another folder."""
     def call(*options, masks="masks"):
         labels = ("--masks", own / masks) if masks else ()
         return run("prepare_folder", "--images", own / "images", "--classes", own / "classes.txt", *labels,
@@ -54,10 +54,10 @@ def prepare(run, data_root, own):
     return call
 
 
-def test_indexed_and_colour_coded_masks_are_the_same(prepare, data_root, own):
+def test_indexed_and_color_coded_masks_are_the_same(prepare, data_root, own):
     assert prepare().status == 0
     first = [read_label(r["sem_seg_file_name"]) for r in dataset_index("folder_val")]
-    assert prepare("--name", "second", "--palette", own / "palette.txt", masks="colours").status == 0
+    assert prepare("--name", "second", "--palette", own / "palette.txt", masks="colors").status == 0
     second = [read_label(r["sem_seg_file_name"]) for r in dataset_index("second_val")]
     assert len(first) == 1 and (first[0] == second[0]).all() and set(np.unique(first[0])) <= {0, 1, 255}
     assert table_of("second_train").colors == ((255, 0, 0), (0, 0, 10))
@@ -75,13 +75,13 @@ def test_prepared_again_after_a_change(prepare, own, data_root):
     assert (read_label(str(data_root / "folder/masks/train/süd/foto 3.png")) == 1).all()
 
 
-def test_unlabelled_images_and_images_to_validate_on(prepare, own, data_root):
+def test_unlabeled_images_and_images_to_validate_on(prepare, own, data_root):
     for i in range(3):
         photo(own / "more" / f"{i}.png", 10 + i)
         photo(own / "val" / f"{i}.png", 20 + i)
         indexed(own / "valmasks" / f"{i}.png", np.ones(SIZE, np.uint8))
     result = prepare("--unlabeled", own / "more", "--val-images", own / "val", "--val-masks", own / "valmasks")
-    assert result.status == 0 and "6 labelled and 5 unlabelled images" in result.out
+    assert result.status == 0 and "6 labeled and 5 unlabeled images" in result.out
     assert len(dataset_index("folder_train")) == 11 and len(dataset_index("folder_val")) == 3
     result = prepare("--val-images", own / "images", "--val-masks", own / "masks")
     assert result.status == 1 and "is in the training images and in the ones to validate on" in result.err
@@ -141,7 +141,7 @@ def damage(own, what):
 
 @pytest.mark.parametrize("what, words", [
     ("truncated jpeg", ("foto 2.jpg", "truncated")), ("truncated png", ("cannot decode", "foto 2.png")),
-    ("16 bits", ("foto 2.png", "more than 8 bits")), ("rgba", ("foto 2.png", "colour image (mode RGBA)")),
+    ("16 bits", ("foto 2.png", "more than 8 bits")), ("rgba", ("foto 2.png", "color image (mode RGBA)")),
     ("size", ("foto 2.png is 32x22", "foto 2.jpg is 32x24")), ("id", ("foto 2.png has the id 7", "2 classes")),
     ("exif", ("foto 2.png is 32x24", "foto 2.jpg is 24x32")), ("orphan", ("foto 99.png belongs to no image",)),
     ("not an image", ("cannot decode", "foto 2.jpg")),
@@ -156,31 +156,31 @@ def test_what_is_wrong_is_named_and_left_out(prepare, own, data_root, what, word
     assert not list(data_root.rglob("*.tmp"))
 
 
-def test_colour_masks_that_do_not_fit(prepare, own):
-    colours = own / "colours" / "süd"
-    with Image.open(colours / "foto 4.png") as image:
+def test_color_masks_that_do_not_fit(prepare, own):
+    colors = own / "colors" / "süd"
+    with Image.open(colors / "foto 4.png") as image:
         image.putpixel((3, 20), (1, 2, 3))
-        image.save(colours / "foto 4.png")
-        image.convert("RGBA").save(colours / "foto 5.png")
-    err = prepare("--palette", own / "palette.txt", masks="colours").err
-    assert "foto 4.png has the colour (1, 2, 3) (1 pixels" in err
-    assert "foto 5.png is not a colour image (mode RGBA)" in err
+        image.save(colors / "foto 4.png")
+        image.convert("RGBA").save(colors / "foto 5.png")
+    err = prepare("--palette", own / "palette.txt", masks="colors").err
+    assert "foto 4.png has the color (1, 2, 3) (1 pixels" in err
+    assert "foto 5.png is not a color image (mode RGBA)" in err
 
 
 @pytest.mark.parametrize("file, text, words", [
     ("palette.txt", "1 2 road", "palette.txt, line 1: expected 'R G B class name'"),
-    ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the colour (1, 2, 3) stands there twice"),
+    ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the color (1, 2, 3) stands there twice"),
     ("palette.txt", "1 2 3 sky", "'sky' is not in the class list"),
     ("classes.txt", "road\nroad\n", "the class 'road' stands there twice"),
     ("classes.txt", "\n", "classes.txt has 0 class names"),
 ])
 def test_class_lists_and_palettes_that_are_wrong(prepare, own, file, text, words):
     (own / file).write_text(text)
-    result = prepare("--palette", own / "palette.txt", masks="colours")
+    result = prepare("--palette", own / "palette.txt", masks="colors")
     assert result.status == 1 and words in result.err
 
 
-def test_grey_and_cmyk_photos_are_used_and_noted(prepare, own, data_root):
+def test_gray_and_cmyk_photos_are_used_and_noted(prepare, own, data_root):
     for name, mode in (("foto 0.jpg", "L"), ("foto 1.jpg", "CMYK")):
         Image.open(own / "images" / "süd" / name).convert(mode).save(own / "images" / "süd" / name)
     result = prepare()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hiervl.data.prepare import published
-from hiervl.data.prepare.draw import balanced_order, uniform_order
+from hiervl.data.prepare.sample_splits import balanced_order, uniform_order
 from hiervl.data.splits import load_split
 
 from tests.conftest import shared_file
@@ -82,7 +82,7 @@ def test_lists_are_fetched_checked_and_completed(run, served):
     unlabeled = (out / "coco/1_512/unlabeled.txt").read_text().split()[::2]
     assert unlabeled == [f"train2017/{i:03d}.jpg" for i in (0, 1, 2, 3, 5)]
     # The official number of images stands in the table; here there are only 6.
-    assert result.status == 1 and "6 images are labelled or unlabelled, the train list has 118287" in result.err
+    assert result.status == 1 and "6 images are labeled or unlabeled, the train list has 118287" in result.err
     assert run("prepare_splits", "--out", out, "--only", "voc").out.startswith("0 lists written")
     (served / "web/voc/92/labeled.txt").write_text("<html>moved</html>")
     (out / "voc/92/labeled.txt").unlink()
@@ -98,7 +98,7 @@ def test_lists_are_fetched_checked_and_completed(run, served):
     ("J/a.jpg S/a.png", "J/a.jpg S/a.png\nJ/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
     ("J/v.jpg S/v.png", "J/c.jpg S/c.png", "'J/v.jpg' is also in val.txt"),
     ("J/x.jpg S/x.png", "J/c.jpg S/c.png", "'J/x.jpg' is not in the train list"),
-    ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labelled or unlabelled, the train list has 3"),
+    ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labeled or unlabeled, the train list has 3"),
 ])
 def test_splits_that_do_not_add_up(served, labeled, unlabeled, words):
     folder = served / "lists"

@@ -1,4 +1,5 @@
 """Boundary IoU against the definition, mask by mask, with SciPy's erosion."""
+
 import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion
@@ -23,7 +24,7 @@ def test_equals_the_definition(k, dtype):
         label, prediction = (blobs(shape, k, 2 * seed + i).astype(dtype) for i in (0, 1))
         agreed = np.random.default_rng(seed).random(shape)[:: shape[0]] < 0.7  # columns that are right
         prediction = np.where(agreed, label, prediction)
-        label[: 9, 5:20] = measured.ignore_label
+        label[:9, 5:20] = measured.ignore_label
         measured.update(label, prediction)
         distance, valid = round(0.02 * np.hypot(*shape)), label != measured.ignore_label
         for c in range(k):

@@ -1,4 +1,5 @@
 """Reliability against a bin-by-bin computation over all pixels."""
+
 import math
 
 import numpy as np

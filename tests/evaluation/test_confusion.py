@@ -1,10 +1,11 @@
 """The confusion matrix against counting pixel by pixel, and the scores against scores computed from pixel sets."""
+
 import numpy as np
 import pytest
 import torch
 
 from hiervl.errors import UserError
-from hiervl.evaluation import ConfusionMatrix, scores
+from hiervl.evaluation import ConfusionMatrix, compute_metrics
 from hiervl.ops import extension
 
 
@@ -36,11 +37,24 @@ def count_by_hand(label, prediction, k, ignore):
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-@pytest.mark.parametrize("k, ignore, dtype", [
-    (1, 255, np.uint8), (2, 255, np.uint8), (11, 255, np.uint8), (19, 200, np.uint8), (19, 300, np.uint8),
-    (150, 255, np.uint8), (255, 255, np.uint8), (256, 65535, np.int32), (256, 300, np.uint8),
-    (300, 65535, np.uint16), (300, 65535, np.int32), (19, -1, np.int32), (1000, 65535, np.int64),
-])
+@pytest.mark.parametrize(
+    "k, ignore, dtype",
+    [
+        (1, 255, np.uint8),
+        (2, 255, np.uint8),
+        (11, 255, np.uint8),
+        (19, 200, np.uint8),
+        (19, 300, np.uint8),
+        (150, 255, np.uint8),
+        (255, 255, np.uint8),
+        (256, 65535, np.int32),
+        (256, 300, np.uint8),
+        (300, 65535, np.uint16),
+        (300, 65535, np.int32),
+        (19, -1, np.int32),
+        (1000, 65535, np.int64),
+    ],
+)
 def test_equals_counting_by_hand(k, ignore, dtype, narrow):
     matrix = ConfusionMatrix(k, ignore)
     prediction_dtype = (np.uint8 if k <= 256 else np.int16) if narrow else np.int64  # narrow: as top_class has it
@@ -90,8 +104,10 @@ def test_label_out_of_range_names_the_file_and_counts_nothing(dtype, k, bad):
     assert not matrix.counts.any() and matrix.ignored == 0
 
 
-@pytest.mark.parametrize("dtype, bad", [(np.int32, -1), (np.int32, 2**31 - 1), (np.int64, 2**32 + 1),
-                                        (np.int64, -2**63), (np.uint16, 65534)])
+@pytest.mark.parametrize(
+    "dtype, bad",
+    [(np.int32, -1), (np.int32, 2**31 - 1), (np.int64, 2**32 + 1), (np.int64, -(2**63)), (np.uint16, 65534)],
+)
 def test_label_far_out_of_range(dtype, bad):
     label = np.zeros((2, 2), dtype)
     label[1] = bad
@@ -104,10 +120,16 @@ def test_ignore_label_must_not_be_a_class():
         ConfusionMatrix(256, 255)
 
 
-@pytest.mark.parametrize("prediction, message", [
-    (np.full((2, 2), 3), "3 to 3"), (np.full((2, 2), -1, np.int16), "-1 to -1"), (np.full((2, 2), 2**32), "outside"),
-    (np.full((2, 2), 255, np.uint8), "outside"), (np.zeros((2, 3), int), "differ in shape"),
-])
+@pytest.mark.parametrize(
+    "prediction, message",
+    [
+        (np.full((2, 2), 3), "3 to 3"),
+        (np.full((2, 2), -1, np.int16), "-1 to -1"),
+        (np.full((2, 2), 2**32), "outside"),
+        (np.full((2, 2), 255, np.uint8), "outside"),
+        (np.zeros((2, 3), int), "differ in shape"),
+    ],
+)
 @pytest.mark.parametrize("label", [0, 255])
 def test_wrong_predictions_are_bugs(prediction, message, label):
     matrix = ConfusionMatrix(3)
@@ -140,10 +162,10 @@ def test_scores_equal_those_from_pixel_sets(k):
     absent = [2, 5] if k == 11 else []
     label, prediction = random_maps(k, ignore=65535, dtype=np.int32, absent=absent)
     if k == 11:
-        prediction[0, :9] = 5  # predicted and never labelled: a union, but not in the ground truth
+        prediction[0, :9] = 5  # predicted and never labeled: a union, but not in the ground truth
     matrix = ConfusionMatrix(k, 65535)
     matrix.update(label, prediction)
-    found = scores(matrix.counts)
+    found = compute_metrics(matrix.counts)
     iou, truth, guess = iou_from_sets(label, prediction, k, 65535)
     in_truth = [c for c in range(k) if truth[c]]
     total = sum(map(len, truth))
@@ -165,7 +187,7 @@ def test_scores_equal_those_from_pixel_sets(k):
 def test_the_three_means_by_hand():
     # class 0: 2 of 3 right; class 1: all right but one pixel too many; class 2 only predicted; class 3 nowhere
     counts = np.array([[2, 1, 0, 0], [0, 4, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    found = scores(counts)
+    found = compute_metrics(counts)
     a, b = 2 / 3, 4 / 6
     assert found.miou == pytest.approx(100 * (a + b) / 2)
     assert found.miou_union == pytest.approx(100 * (a + b) / 3)
@@ -173,5 +195,5 @@ def test_the_three_means_by_hand():
 
 
 def test_no_pixel_has_no_score():
-    with pytest.raises(ValueError, match="no labelled pixel"):
-        scores(np.zeros((3, 3), np.int64))
+    with pytest.raises(ValueError, match="no labeled pixel"):
+        compute_metrics(np.zeros((3, 3), np.int64))

@@ -1,4 +1,5 @@
 """The evaluator end to end: files in, scores and result file out, one rank or two."""
+
 import json
 import math
 
@@ -76,6 +77,7 @@ def test_two_ranks_equal_one(pairs, monkeypatch):
         def gather(part):
             sent.append(part)
             return sent if rank == 0 else []
+
         monkeypatch.setattr(evaluator_module.comm, "gather", gather)
         monkeypatch.setattr(evaluator_module.comm, "is_main_process", lambda: rank == 0)
 
@@ -93,7 +95,7 @@ def test_an_image_counted_twice_is_noticed(pairs):
 def test_reset_forgets(pairs):
     evaluator = run(pairs)
     evaluator.reset()
-    with pytest.raises(UserError, match="no labelled pixel in 0 images"):
+    with pytest.raises(UserError, match="no labeled pixel in 0 images"):
         evaluator.evaluate()
 
 
@@ -126,9 +128,15 @@ def break_file(image, output, label):
         file.truncate(60)
 
 
-@pytest.mark.parametrize("breaking, words", [
-    (break_label, "label 77"), (break_size, "20 x 30 .* 19 x 30"), (break_scores, "not finite"), (break_file, "decode"),
-])
+@pytest.mark.parametrize(
+    "breaking, words",
+    [
+        (break_label, "label 77"),
+        (break_size, "20 x 30 .* 19 x 30"),
+        (break_scores, "not finite"),
+        (break_file, "decode"),
+    ],
+)
 def test_a_bad_image_is_one_line_that_names_its_file(pairs, breaking, words):
     breaking(*pairs[0])
     with pytest.raises(UserError, match=words) as error:

@@ -1,4 +1,5 @@
 """Our scores against Detectron2's own evaluator, which counts in its own way: IoU is Jaccard per class."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,11 @@ NAME = "a set to compare evaluators on"
 @pytest.fixture
 def registered():
     """Registers K classes over a list of records, for one test."""
+
     def register(records, k, ignore):
         DatasetCatalog.register(NAME, lambda: records)
         MetadataCatalog.get(NAME).set(stuff_classes=[f"class {i}" for i in range(k)], ignore_label=ignore)
+
     yield register
     DatasetCatalog.pop(NAME, None)
     MetadataCatalog.pop(NAME, None)
@@ -38,8 +41,9 @@ def test_equals_an_independent_evaluator(registered, tmp_path, k, ignore):
         outputs.append({"sem_seg": scores})
     registered(records, k, ignore)
     # Its own way of reading a mask does not work with NumPy 2.
-    theirs = SemSegEvaluator(NAME, distributed=False,
-                             sem_seg_loading_fn=lambda path, dtype: np.asarray(Image.open(path)).astype(dtype))
+    theirs = SemSegEvaluator(
+        NAME, distributed=False, sem_seg_loading_fn=lambda path, dtype: np.asarray(Image.open(path)).astype(dtype)
+    )
     ours = SegmentationEvaluator(NAME, ignore_label=ignore)
     for evaluator in (theirs, ours):
         evaluator.reset()

@@ -1,4 +1,5 @@
 """The tables say what the result files hold."""
+
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from hiervl.errors import UserError
-from hiervl.evaluation import (SegmentationEvaluator, load_result, per_class_table, reliability_table, summary_table)
+from hiervl.evaluation import SegmentationEvaluator, load_result, per_class_table, reliability_table, summary_table
 
 
 @pytest.fixture
@@ -49,8 +50,10 @@ def test_reliability_table(result):
 
 
 def test_last_and_best():
-    entries = [{"iteration": i, "val": {"student": {"mIoU": s}, "teacher": {"mIoU": t}}}
-               for i, s, t in [(20, 41.0, 42.0), (30, 39.0, 40.0)]]
+    entries = [
+        {"iteration": i, "val": {"student": {"mIoU": s}, "teacher": {"mIoU": t}}}
+        for i, s, t in [(20, 41.0, 42.0), (30, 39.0, 40.0)]
+    ]
     rows = [line.split() for line in summary_table({"last": entries[1], "best": entries[0]}).splitlines()]
     assert ["val", "student", "39.00", "30", "41.00", "20"] in rows
     assert ["val", "teacher", "40.00", "30", "42.00", "20"] in rows

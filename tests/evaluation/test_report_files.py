@@ -1,4 +1,5 @@
 """The files that an evaluation leaves, and the comparison with an earlier one."""
+
 import csv
 import io
 import json
@@ -62,7 +63,7 @@ class Half(torch.nn.Module):
     def forward(self, inputs):
         height, width = inputs[0]["height"], inputs[0]["width"]
         scores = torch.zeros(25, height, width)
-        scores[0, :, : width // 2] = scores[1, :, width // 2:] = self.p
+        scores[0, :, : width // 2] = scores[1, :, width // 2 :] = self.p
         return [{"sem_seg": scores}]
 
 
@@ -73,10 +74,23 @@ def evaluation(tmp_path, monkeypatch):
     generate(str(tmp_path / "shapes"), num_train=4, num_val=3, size=32, labeled=(2,))
 
     def make(output, *more):
-        cfg = load_config("", ["DATASETS.TEST", "('shapes_val',)", "DATASETS.SPLIT_ROOT", "", "OUTPUT_DIR",
-                               str(tmp_path / output), "DATALOADER.NUM_WORKERS", 0, *more])
+        cfg = load_config(
+            "",
+            [
+                "DATASETS.TEST",
+                "('shapes_val',)",
+                "DATASETS.SPLIT_ROOT",
+                "",
+                "OUTPUT_DIR",
+                str(tmp_path / output),
+                "DATALOADER.NUM_WORKERS",
+                0,
+                *more,
+            ],
+        )
         (tmp_path / output).mkdir(exist_ok=True)
         return Evaluation(cfg, {"student": Half(0.5), "teacher": Half(0.9)})
+
     return make
 
 

@@ -1,4 +1,5 @@
 """The best class and its score: the same as torch.max, ties and NaN included."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,5 @@
 """The criterion's invariants: what is not valid does not count, what is not known is not taught."""
+
 import itertools
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from hiervl.losses.criterion import Criterion, balanced_presence_loss
 from hiervl.modeling.dual_query_decoder import QueryPredictions
-from hiervl.modeling.inference import ClassScores
+from hiervl.modeling.inference import ClassScoreHead
 from hiervl.losses.matcher import HungarianMatcher
 from hiervl.losses.points import SharedPoints, pixel_centers, sample_maps
 from hiervl.losses.targets import build_targets
@@ -15,20 +16,35 @@ K, N, E, SIZE, GRID, DIM = 4, 6, 3, 32, 8, 12
 
 
 def make_criterion(**changes):
-    options = {"class_weight": 2.0, "mask_weight": 5.0, "dice_weight": 5.0, "pixel_weight": 2.0,
-               "presence_weight": 2.0, "no_object_weight": 0.1, "num_points": 200, "oversample_ratio": 3.0,
-               "importance_ratio": 0.75, "deep_supervision": True, **changes}
+    options = {
+        "class_weight": 2.0,
+        "mask_weight": 5.0,
+        "dice_weight": 5.0,
+        "pixel_weight": 2.0,
+        "presence_weight": 2.0,
+        "no_object_weight": 0.1,
+        "num_points": 200,
+        "oversample_ratio": 3.0,
+        "importance_ratio": 0.75,
+        "deep_supervision": True,
+        **changes,
+    }
     return Criterion(matcher=HungarianMatcher(2.0, 5.0, 5.0), **options)
 
 
 def make_predictions(batch=2, layers=2, classes=K, semantic=False):
     """Predictions of every layer, and mask features (B, Cm, h, w)."""
+
     def leaf(*shape):
         return torch.randn(*shape, requires_grad=True)
 
-    both = {"presence_logits": (batch, E, classes), "region_embed": (batch, E, classes, DIM)} if semantic else {}
-    predictions = [QueryPredictions(leaf(batch, N, classes + 1), leaf(batch, N, DIM),
-                                    **{name: leaf(*shape) for name, shape in both.items()}) for _ in range(layers)]
+    both = {"presence_logits": (batch, E, classes), "semantic_mask_embed": (batch, E, classes, DIM)} if semantic else {}
+    predictions = [
+        QueryPredictions(
+            leaf(batch, N, classes + 1), leaf(batch, N, DIM), **{name: leaf(*shape) for name, shape in both.items()}
+        )
+        for _ in range(layers)
+    ]
     return predictions, leaf(batch, DIM, GRID, GRID)
 
 
@@ -42,11 +58,12 @@ def losses_of(criterion, predictions, targets, normalizers=None):
     relevance = None
     layers, features = predictions
     points = SharedPoints.draw(targets, criterion.num_candidates)
-    scores = ClassScores(semantic=layers[0].region_embed is not None)
+    scores = ClassScoreHead(semantic=layers[0].semantic_mask_embed is not None)
     if scores.semantic:
         relevance = torch.full(targets.present.shape, 0.8)
-    return criterion(layers, features, targets, points, scores, normalizers or criterion.normalizers(targets, N),
-                     relevance)
+    return criterion(
+        layers, features, targets, points, scores, normalizers or criterion.normalizers(targets, N), relevance
+    )
 
 
 def total(criterion, predictions, targets):
@@ -70,7 +87,7 @@ def test_places_without_valid_support_get_exactly_zero_gradient(semantic):
     predictions = make_predictions(semantic=semantic)
     total(make_criterion(), predictions, build_targets(blocks(), weight, K)).backward()
 
-    # Bilinear support by brute force: the grid cells that any valid pixel centre touches.
+    # Bilinear support by brute force: the grid cells that any valid pixel center touches.
     touched = torch.zeros(1, 1, GRID, GRID, requires_grad=True)
     every_pixel = pixel_centers(weight[0].flatten().nonzero()[:, 0], SIZE, SIZE)[None]
     sample_maps(touched, every_pixel).sum().backward()
@@ -133,7 +150,7 @@ def test_semantic_queries_of_a_class_that_may_hide_get_no_target():
     targets = build_targets(sem_seg, weight, K, image_weight=torch.full((2,), 0.75), unknown=unknown)
     total(criterion, predictions, targets).backward()
     layer = predictions[0][0]
-    for gradient in (layer.presence_logits.grad, layer.region_embed.grad.abs().sum(-1)):  # (B, E, K)
+    for gradient in (layer.presence_logits.grad, layer.semantic_mask_embed.grad.abs().sum(-1)):  # (B, E, K)
         assert (gradient[0, :, 3] == 0).all()  # it may hide in image 0
         assert (gradient[1] != 0).all()  # and is known to be absent in image 1
 
@@ -141,8 +158,9 @@ def test_semantic_queries_of_a_class_that_may_hide_get_no_target():
 def test_absent_classes_are_pushed_down_and_present_ones_up():
     sem_seg = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
     predictions = make_predictions(batch=1, layers=1, semantic=True)
-    total(make_criterion(pixel_weight=0.0), predictions,
-          build_targets(sem_seg, torch.ones(1, SIZE, SIZE), K)).backward()
+    total(
+        make_criterion(pixel_weight=0.0), predictions, build_targets(sem_seg, torch.ones(1, SIZE, SIZE), K)
+    ).backward()
     gradient = predictions[0][0].presence_logits.grad[0]
     assert (gradient[:, 0] < 0).all() and (gradient[:, 1:] > 0).all()
 
@@ -163,17 +181,19 @@ def test_matched_semantic_queries_share_the_segments_of_their_class():
     criterion = make_criterion(match_semantic=True, num_points=600)
     predictions, features = make_predictions(batch=1, semantic=True)
     points = SharedPoints.draw(targets, 600)
-    read = sample_maps(features, points.places)
-    regions = torch.stack([torch.einsum("bekc,bpc->bekp", p.region_embed, read) for p in predictions])
-    weight, (layer, image, scale, kind, segment) = criterion._share_segments(regions, targets, points)
+    read = sample_maps(features, points.point_coords)
+    regions = torch.stack([torch.einsum("bekc,bpc->bekp", p.semantic_mask_embed, read) for p in predictions])
+    weight, (layer, image, scale, kind, segment) = criterion._match_within_class(regions, targets, points)
     assert (weight == points.weight).all()
     for own, classes in enumerate(targets.labels[0].tolist()):
         assert set(kind[segment == own].tolist()) == {classes}  # nobody takes another class's segment
     parts = (targets.labels[0] == 0).nonzero()[:, 0].tolist()
     assert len(parts) == 2
     for step, logits in enumerate(regions[:, 0, :, 0]):  # (E, P) of class 0
-        best = min(itertools.permutations(range(E), 2),
-                   key=lambda q: sum(pair_cost(logits[i], points.segment[0] == part) for i, part in zip(q, parts)))
+        best = min(
+            itertools.permutations(range(E), 2),
+            key=lambda q: sum(pair_cost(logits[i], points.segment[0] == part) for i, part in zip(q, parts)),
+        )
         mine = (layer == step) & (kind == 0)
         assert {int(s): int(q) for s, q in zip(segment[mine], scale[mine])} == dict(zip(parts, best))
 
@@ -181,14 +201,14 @@ def test_matched_semantic_queries_share_the_segments_of_their_class():
 def test_of_more_segments_than_queries_the_largest_are_shared():
     labels = torch.full((1, SIZE, SIZE), 2)
     for top, left, size in ((0, 0, 10), (0, 14, 8), (14, 0, 6), (24, 24, 4)):
-        labels[0, top:top + size, left:left + size] = 0
+        labels[0, top : top + size, left : left + size] = 0
     targets = build_targets(labels, torch.ones(1, SIZE, SIZE), K, segments="components", min_area=4)
     criterion = make_criterion(match_semantic=True)
     points = SharedPoints.draw(targets, 2000)
     # Masks that fit the smallest segment and no other: it is not taken for all that.
     smallest = (targets.labels[0] == 0).nonzero()[-1, 0]
     regions = torch.where(points.segment[0] == smallest, 9.0, -9.0).expand(1, 1, E, K, -1)
-    weight, (_, _, _, kind, segment) = criterion._share_segments(regions, targets, points)
+    weight, (_, _, _, kind, segment) = criterion._match_within_class(regions, targets, points)
     taken = sorted(segment[kind == 0].tolist())
     assert taken == (targets.labels[0] == 0).nonzero()[:E, 0].tolist()
     assert ((weight[0] == 0) == (points.segment[0] == smallest)).all()
@@ -200,7 +220,7 @@ def test_a_query_without_a_segment_is_taught_nothing_only_where_that_is_known():
     labels[0, :8, :8] = 1
     labels[0, 20:22, 20:22] = 2  # too small to be a segment
     targets = build_targets(labels, torch.ones(1, SIZE, SIZE), K, segments="components", min_area=9)
-    assert targets.loose.tolist() == [[False, False, True, False]]
+    assert targets.unassigned.tolist() == [[False, False, True, False]]
     predictions = make_predictions(batch=1, semantic=True)
     total(make_criterion(match_semantic=True, pixel_weight=0.0), predictions, targets).backward()
     presence = predictions[0][-1].presence_logits.grad[0]  # (E, K)
@@ -245,13 +265,22 @@ def test_losses_do_not_depend_on_the_order_of_classes():
     losses = []
     for permute in (False, True):
         torch.manual_seed(0)
-        (layers, features), targets = make_predictions(semantic=True), build_targets(blocks(),
-                                                                                     torch.ones(2, SIZE, SIZE), K)
+        (layers, features), targets = (
+            make_predictions(semantic=True),
+            build_targets(blocks(), torch.ones(2, SIZE, SIZE), K),
+        )
         if permute:
             columns = torch.cat((order, torch.tensor([K])))
-            layers = [QueryPredictions(p.class_logits[..., columns], p.mask_embed, p.presence_logits[..., order],
-                                       p.region_embed[:, :, order]) for p in layers]
-            targets = targets.among(order.expand(2, -1), K)
+            layers = [
+                QueryPredictions(
+                    p.class_logits[..., columns],
+                    p.mask_embed,
+                    p.presence_logits[..., order],
+                    p.semantic_mask_embed[:, :, order],
+                )
+                for p in layers
+            ]
+            targets = targets.restrict_to(order.expand(2, -1), K)
         losses.append(losses_of(make_criterion(importance_ratio=1.0), (layers, features), targets))
     torch.testing.assert_close(losses[0], losses[1])
 
@@ -259,8 +288,7 @@ def test_losses_do_not_depend_on_the_order_of_classes():
 def test_micro_batches_add_up():
     """With shared denominators, the losses of the parts sum to those of the whole."""
     criterion = make_criterion(num_points=10_000, oversample_ratio=1.0, importance_ratio=0.0)
-    (layers, features), sem_seg, weight = make_predictions(batch=4, semantic=True), blocks(4), \
-        torch.ones(4, SIZE, SIZE)
+    (layers, features), sem_seg, weight = make_predictions(batch=4, semantic=True), blocks(4), torch.ones(4, SIZE, SIZE)
     weight[2, :, :20] = 0
     whole_targets = build_targets(sem_seg, weight, K)
     whole = losses_of(criterion, (layers, features), whole_targets)

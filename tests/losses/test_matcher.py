@@ -1,4 +1,5 @@
 """Costs equal the losses they stand for, assignments are the best ones, and what is not finite is never matched."""
+
 import itertools
 
 import torch
@@ -11,8 +12,13 @@ K, N, P = 4, 6, 100
 
 def problem(segments=3):
     """Class logits (1, 1, N, K+1), mask logits (1, 1, N, P), segments (1, P), validity (1, P), labels."""
-    return (torch.randn(1, 1, N, K + 1), torch.randn(1, 1, N, P), torch.randint(segments, (1, P)),
-            torch.rand(1, P), [torch.randint(K, (segments,))])
+    return (
+        torch.randn(1, 1, N, K + 1),
+        torch.randn(1, 1, N, P),
+        torch.randint(segments, (1, P)),
+        torch.rand(1, P),
+        [torch.randint(K, (segments,))],
+    )
 
 
 def test_costs_are_the_losses_of_every_pair():

@@ -1,4 +1,5 @@
 """Points lie on valid pixels, and reading there is grid_sample's."""
+
 import torch
 
 from hiervl.losses.points import draw_valid_points, sample_maps
@@ -6,8 +7,11 @@ from hiervl.losses.points import draw_valid_points, sample_maps
 
 def test_sample_maps_is_grid_sample_with_clamped_borders():
     maps, points = torch.randn(2, 5, 7, 9, requires_grad=True), torch.rand(2, 40, 2) * 2.2 - 1.1
-    expected = torch.nn.functional.grid_sample(maps, points[:, :, None], padding_mode="border",
-                                               align_corners=False).squeeze(3).transpose(1, 2)
+    expected = (
+        torch.nn.functional.grid_sample(maps, points[:, :, None], padding_mode="border", align_corners=False)
+        .squeeze(3)
+        .transpose(1, 2)
+    )
     own = sample_maps(maps, points)
     torch.testing.assert_close(own, expected)
     weight = torch.randn_like(own)

@@ -1,16 +1,23 @@
 """Every regularizer moves the parameters that it is meant for, and says what it should in simple cases."""
+
 import pytest
 import torch
 
-from hiervl.losses.regularizers import REGULARIZERS, boundaries
+from hiervl.losses.regularizers import REGULARIZERS, label_boundaries
 from hiervl.losses.targets import build_targets
 
 from tests.networks import make_network, pseudo_input, training_input
 
 # Of each regularizer, the beginning of names of parameters that must get a gradient.
-MEANT_FOR = {"language": "text.adapter.gamma", "vision_language": "alignment.scales.2.pixel", "vision": "backbone.",
-             "relevance": "query_generator.project", "diversity": "query_generator.projections.0",
-             "contrastive": "query_generator.project", "consistency": "alignment.scales.0.query"}
+MEANT_FOR = {
+    "language": "text.adapter.gamma",
+    "vision_language": "alignment.scales.2.pixel",
+    "vision": "backbone.",
+    "relevance": "query_generator.project",
+    "diversity": "query_generator.projections.0",
+    "contrastive": "query_generator.project",
+    "consistency": "alignment.scales.0.query",
+}
 
 
 @pytest.mark.parametrize("name", sorted(MEANT_FOR))
@@ -42,10 +49,10 @@ def test_boundaries_by_brute_force():
     sem_seg = torch.zeros(1, 12, 12, dtype=torch.long)
     sem_seg[0, :, 6:] = 1
     sem_seg[0, 9:, :] = 255  # ignored: no boundary with it
-    own = boundaries(build_targets(sem_seg, torch.ones(1, 12, 12), 2), width=2)[0]
+    own = label_boundaries(build_targets(sem_seg, torch.ones(1, 12, 12), 2), width=2)[0]
     for y in range(12):
         for x in range(12):
-            near = sem_seg[0, max(y - 2, 0):y + 3, max(x - 2, 0):x + 3]
+            near = sem_seg[0, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
             expected = sem_seg[0, y, x] < 2 and len(set(near[near < 2].tolist())) > 1
             assert own[y, x] == float(expected), (y, x)
 

@@ -1,4 +1,5 @@
 """Label maps cut into segments, and the same in terms of kept classes."""
+
 import torch
 
 from hiervl.losses.targets import build_targets
@@ -9,7 +10,7 @@ def test_targets_among_kept_names():
     sem_seg = torch.zeros(1, 4, 4, dtype=torch.long)
     sem_seg[0, 0] = 2
     targets = build_targets(sem_seg, torch.ones(1, 4, 4), 4, unknown=torch.tensor([[False, False, False, True]]))
-    kept = targets.among(torch.tensor([[5, 2, 3, 0]]), 6)
+    kept = targets.restrict_to(torch.tensor([[5, 2, 3, 0]]), 6)
     assert kept.sem_seg[0, 0].unique().item() == 1 and kept.sem_seg[0, 1:].unique().item() == 3
     assert kept.present.tolist() == [[False, True, False, True]]
     assert kept.absent.tolist() == [[True, False, False, False]]
@@ -40,6 +41,7 @@ def test_instances():
     assert targets.labels[0].tolist() == [0, 2, 1, 1]  # largest first
     assert targets.segments[0, 0].tolist() == [2, 2, 3, 3, 0, 0, 0, 0]
     assert targets.segments[0, 7, 0] == -1 and (targets.segments[0, 4:, 4:] == 1).all()
-    few = build_targets(sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2),
-                        max_segments=1)
+    few = build_targets(
+        sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2), max_segments=1
+    )
     assert few.labels[0].tolist() == [0] and (few.segments[0, 4:, 4:] == -1).all()

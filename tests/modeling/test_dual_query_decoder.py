@@ -1,4 +1,5 @@
 """DQTD: where queries look, what the sets tell each other, and what irrelevant classes may say."""
+
 import pytest
 import torch
 
@@ -11,8 +12,17 @@ B, K, E, N, D, CM, DT = 2, 4, 3, 5, 16, 8, 12
 @pytest.fixture
 def decoder():
     torch.manual_seed(0)
-    return QueryDecoder(memory_dim=D, mask_dim=CM, hidden_dim=D, num_queries=N, num_heads=4, num_layers=3,
-                        feedforward_dim=32, classifier=TextClassifier(D, DT), semantic=True).eval()
+    return QueryDecoder(
+        memory_dim=D,
+        mask_dim=CM,
+        hidden_dim=D,
+        num_queries=N,
+        num_heads=4,
+        num_layers=3,
+        feedforward_dim=32,
+        classifier=TextClassifier(D, DT),
+        semantic=True,
+    ).eval()
 
 
 def inputs(relevance=None):
@@ -20,8 +30,12 @@ def inputs(relevance=None):
     memory = [torch.randn(B, D, size, size) for size in (2, 4, 8)]
     queries = torch.randn(B, E, K, D)
     log_relevance = torch.zeros(B, K) if relevance is None else relevance.log()
-    return memory, torch.randn(B, CM, 16, 16), torch.randn(B, K, DT), SemanticQueries(queries, queries, log_relevance,
-                                                                                     torch.randn(B, K, 16, 16))
+    return (
+        memory,
+        torch.randn(B, CM, 16, 16),
+        torch.randn(B, K, DT),
+        SemanticQueries(queries, queries, log_relevance, torch.randn(B, K, 16, 16)),
+    )
 
 
 def test_predictions_of_both_sets_after_every_layer(decoder):
@@ -30,10 +44,16 @@ def test_predictions_of_both_sets_after_every_layer(decoder):
     assert len(layers) == 4
     for layer in layers:
         assert layer.class_logits.shape == (B, N, K + 1) and layer.presence_logits.shape == (B, E, K)
-        assert layer.masks(features).shape == (B, N, 16, 16) and layer.regions(features).shape == (B, E, K, 16, 16)
-    last, = decoder(memory, features, text, semantic, last_only=True)
+        assert layer.mask_logits(features).shape == (B, N, 16, 16) and layer.semantic_mask_logits(features).shape == (
+            B,
+            E,
+            K,
+            16,
+            16,
+        )
+    (last,) = decoder(memory, features, text, semantic, last_layer_only=True)
     torch.testing.assert_close(last.mask_embed, layers[-1].mask_embed)
-    torch.testing.assert_close(last.region_embed, layers[-1].region_embed)
+    torch.testing.assert_close(last.semantic_mask_embed, layers[-1].semantic_mask_embed)
 
 
 def test_a_query_looks_inside_its_mask_and_everywhere_if_that_is_empty(decoder):
@@ -41,7 +61,7 @@ def test_a_query_looks_inside_its_mask_and_everywhere_if_that_is_empty(decoder):
     features[..., :2] = -1
     embed = torch.stack((torch.ones(CM), -torch.ones(CM), torch.zeros(CM)))[None]
     embed[0, 2, 0], features[0, 0] = -1, 1  # negative everywhere
-    visible = decoder._visible(embed, features).view(1, 3, 4, 4)
+    visible = decoder._attention_mask(embed, features).view(1, 3, 4, 4)
     assert visible[0, 0, :, 2:].all() and not visible[0, 0, :, :2].any()
     assert visible[0, 1, :, :2].all() and not visible[0, 1, :, 2:].any()
     assert visible[0, 2].all()
@@ -49,10 +69,10 @@ def test_a_query_looks_inside_its_mask_and_everywhere_if_that_is_empty(decoder):
 
 def test_semantic_queries_first_look_where_the_pixel_text_scores_are_positive(decoder):
     _, _, _, semantic = inputs()
-    semantic.scores = torch.full((B, K, 4, 4), -1.0)
-    semantic.scores[:, 1, 0] = 1.0
-    visible = decoder._visible(torch.randn(B, E * K + N, CM), torch.randn(B, CM, 4, 4), semantic)
-    visible = visible[:, :E * K].view(B, E, K, 4, 4)
+    semantic.similarity = torch.full((B, K, 4, 4), -1.0)
+    semantic.similarity[:, 1, 0] = 1.0
+    visible = decoder._attention_mask(torch.randn(B, E * K + N, CM), torch.randn(B, CM, 4, 4), semantic)
+    visible = visible[:, : E * K].view(B, E, K, 4, 4)
     assert visible[:, :, 1, 0].all() and not visible[:, :, 1, 1:].any()
     assert visible[:, :, [0, 2, 3]].all()  # nowhere positive: everywhere
 
@@ -71,9 +91,9 @@ def test_a_class_of_no_relevance_says_nothing_to_instance_queries(decoder):
     relevance[:, 2] = 1e-30
     memory, features, text, semantic = inputs(relevance)
     other = SemanticQueries(semantic.queries.clone(), semantic.position.clone(), semantic.log_relevance, None)
-    semantic.scores = None
+    semantic.similarity = None
     other.queries[:, :, 2], other.position[:, :, 2] = torch.randn(B, E, D), torch.randn(B, E, D)
     first, second = (decoder(memory, features, text, s)[-1] for s in (semantic, other))
     torch.testing.assert_close(first.mask_embed, second.mask_embed)
     torch.testing.assert_close(first.class_logits, second.class_logits)
-    assert not torch.allclose(first.region_embed[:, :, 2], second.region_embed[:, :, 2])
+    assert not torch.allclose(first.semantic_mask_embed[:, :, 2], second.semantic_mask_embed[:, :, 2])

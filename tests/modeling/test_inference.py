@@ -1,21 +1,21 @@
 import torch
 
-from hiervl.modeling.inference import ClassScores, InferenceProtocol, sliding_window
+from hiervl.modeling.inference import ClassScoreHead, InferenceProtocol, sliding_window
 
 
-def test_evidence_by_hand_and_its_normalisation():
-    scores = ClassScores(epsilon=0.5)
+def test_evidence_by_hand_and_its_normalization():
+    scores = ClassScoreHead(epsilon=0.5)
     class_logits = torch.log(torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]]))  # (1, 2 queries, 2 classes + none)
     mask_logits = torch.logit(torch.tensor([[[0.9, 0.2], [0.5, 0.5]]]))  # (1, 2 queries, 2 pixels)
-    evidence = scores(class_logits, mask_logits)
+    class_scores = scores(class_logits, mask_logits)
     expected = torch.tensor([[[0.6 * 0.9 + 0.05, 0.6 * 0.2 + 0.05], [0.3 * 0.9 + 0.05, 0.3 * 0.2 + 0.05]]])
-    torch.testing.assert_close(evidence, expected)
-    probability = scores.normalize(evidence[..., None])[..., 0]
+    torch.testing.assert_close(class_scores, expected)
+    probability = scores.normalize(class_scores[..., None])[..., 0]
     torch.testing.assert_close(probability, expected / (0.5 + expected.sum(1, keepdim=True)))
 
 
 def test_thin_evidence_cannot_be_sure():
-    scores = ClassScores(epsilon=0.1)
+    scores = ClassScoreHead(epsilon=0.1)
     thin = scores.normalize(torch.tensor([0.01, 0.0]).view(1, 2, 1, 1))
     strong = scores.normalize(torch.tensor([2.0, 0.0]).view(1, 2, 1, 1))
     assert thin.max() < 0.1 and strong.max() > 0.9
@@ -30,11 +30,12 @@ def test_windows_cover_every_pixel_and_average():
 def test_a_protocol_says_what_it_is():
     assert str(InferenceProtocol()) == "whole image"
     assert str(InferenceProtocol("sliding", (64, 48), (32, 24), scales=(0.5, 1), flip=True, short_side=60)) == (
-        "sliding window 64x48, stride 32x24, short side 60, scales 0.5 1, mirrored too")
+        "sliding window 64x48, stride 32x24, short side 60, scales 0.5 1, mirrored too"
+    )
 
 
 def test_gradients_reach_both_parameters():
-    scores = ClassScores()
-    evidence = scores(torch.randn(1, 3, 5), torch.randn(1, 3, 7))
-    torch.log(scores.epsilon + evidence.sum(1)).sum().backward()
+    scores = ClassScoreHead()
+    class_scores = scores(torch.randn(1, 3, 5), torch.randn(1, 3, 7))
+    torch.log(scores.epsilon + class_scores.sum(1)).sum().backward()
     assert scores.log_epsilon.grad != 0 and scores.log_instance_weight.grad != 0

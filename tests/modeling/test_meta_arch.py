@@ -1,4 +1,5 @@
 """The network as a whole: lists of dicts in and out, any image size, any list of classes."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ kinds = pytest.mark.parametrize("kind", ["text", "hiervl"])
 def test_inference_gives_probabilities_at_the_wanted_size(kind, size):
     network = make_network(kind=kind).eval()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    plain, resized = network([{"image": image}, {"image": image, "height": 50, "width": 40}])
-    assert plain["sem_seg"].shape == (4, *size) and resized["sem_seg"].shape == (4, 50, 40)
+    plain, resize_maps = network([{"image": image}, {"image": image, "height": 50, "width": 40}])
+    assert plain["sem_seg"].shape == (4, *size) and resize_maps["sem_seg"].shape == (4, 50, 40)
     total = plain["sem_seg"].sum(0)
     assert (plain["sem_seg"] >= 0).all() and (total > 0).all() and (total < 1).all()
 
@@ -43,7 +44,7 @@ def test_training_gives_losses_of_both_kinds_and_gradients_everywhere(kind):
 
 
 @kinds
-def test_only_labelled_or_only_pseudo_labelled_images(kind):
+def test_only_labeled_or_only_pseudo_labeled_images(kind):
     network = make_network(kind=kind).train()
     assert all(not name.startswith("loss_u_") for name in network([training_input()]))
     assert all(name.startswith("loss_u_") for name in network([pseudo_input(teacher=True)]))
@@ -87,8 +88,10 @@ def test_scales_and_mirrored_images_are_averaged_at_the_size_of_the_result():
     image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8), "height": 50, "width": 70}
     mirrored = {**image, "image": image["image"].flip(2)}
     small = F.interpolate(image["image"][None].float(), size=(32, 48), mode="bilinear", antialias=True)[0]
-    views = [network([x])[0]["sem_seg"] for x in (image, mirrored, {**image, "image": small},
-                                                  {**image, "image": small.flip(2)})]
+    views = [
+        network([x])[0]["sem_seg"]
+        for x in (image, mirrored, {**image, "image": small}, {**image, "image": small.flip(2)})
+    ]
     network.protocol = InferenceProtocol(scales=(1.0, 0.5), flip=True)
     both = network([image])[0]["sem_seg"]
     expected = (views[0] + views[1].flip(2) + views[2] + views[3].flip(2)) / 4
@@ -98,10 +101,18 @@ def test_scales_and_mirrored_images_are_averaged_at_the_size_of_the_result():
     torch.testing.assert_close(network([mirrored])[0]["sem_seg"].flip(2), both, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"mode": "tiles"}, {"scales": ()}, {"scales": (0.0,)},
-                                     {"kept_only": True, "flip": True}, {"kept_only": True, "mode": "sliding"},
-                                     {"mode": "sliding", "window": (256, 256)},
-                                     {"mode": "sliding", "stride": (0, 9)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "tiles"},
+        {"scales": ()},
+        {"scales": (0.0,)},
+        {"selected_only": True, "flip": True},
+        {"selected_only": True, "mode": "sliding"},
+        {"mode": "sliding", "window": (256, 256)},
+        {"mode": "sliding", "stride": (0, 9)},
+    ],
+)
 def test_protocols_that_cannot_be_are_refused(options):
     with pytest.raises(UserError, match="TEST"):
         InferenceProtocol(**options)
@@ -113,19 +124,23 @@ def test_evidence_is_what_mask2former_computes_at_full_size_up_to_interpolation(
     network = make_network(kind=kind).eval()
     images = torch.rand(1, 3, 64, 64) * 255
     with torch.no_grad():
-        own = network.predict(images, cut=False).dense().argmax(1)
+        own = network.predict(images, suppress=False).dense().argmax(1)
         output = network.encode(network.preprocess(images), names=network.text())
         last, features = output.layers[-1], output.mask_features
 
         def full(masks):
             return F.interpolate(masks, size=(64, 64), mode="bilinear", align_corners=False).sigmoid()
 
-        expected = torch.einsum("bnk,bnhw->bkhw", last.class_logits.softmax(-1)[..., :-1], full(last.masks(features)))
+        expected = torch.einsum(
+            "bnk,bnhw->bkhw", last.class_logits.softmax(-1)[..., :-1], full(last.mask_logits(features))
+        )
         if kind == "hiervl":
-            regions = full(last.regions(features).flatten(1, 2)).unflatten(1, last.presence_logits.shape[1:])
-            gate = 1 - (1 - last.presence_logits.sigmoid()) * (1 - output.kept.relevance[:, None])
+            regions = full(last.semantic_mask_logits(features).flatten(1, 2)).unflatten(
+                1, last.presence_logits.shape[1:]
+            )
+            gate = 1 - (1 - last.presence_logits.sigmoid()) * (1 - output.selected.relevance[:, None])
             semantic = torch.einsum("bek,bekhw->bkhw", gate, regions) / 3
-            expected = (expected + semantic) * output.kept.relevance[..., None, None]
+            expected = (expected + semantic) * output.selected.relevance[..., None, None]
     assert (own == expected.argmax(1)).float().mean() > 0.95
 
 
@@ -191,15 +206,15 @@ def test_a_name_unseen_in_training_is_never_cut():
         assert network.predict(image).index.shape == (1, 1)
         network.trained_names = frozenset(["class 0", "class 1"])
         assert {2, 3, 4, 5} <= set(network.predict(image).index[0].tolist())
-        assert network.predict(image, cut=False).index.shape == (1, 6)
+        assert network.predict(image, suppress=False).index.shape == (1, 6)
 
 
 def test_kept_only_gives_the_kept_classes_and_which_they_are():
-    network = make_network(classes=9, kind="hiervl", keep=3).eval()
+    network = make_network(classes=9, kind="hiervl", top_k=3).eval()
     network.query_generator.min_relevance = 0.0
     image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
     dense = network(image)[0]["sem_seg"]
-    network.protocol.kept_only = True
+    network.protocol.selected_only = True
     kept = network(image)[0]
     assert kept["sem_seg"].shape == (3, 64, 64)
     torch.testing.assert_close(kept["sem_seg"], dense[kept["classes"]])
@@ -212,19 +227,20 @@ def test_what_padding_shows_does_not_reach_relevance_or_queries():
     image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     valid = torch.zeros(64, 96, dtype=torch.bool)
     valid[:, :32] = True
-    assert network.inside((1, 3, 64, 96)) is None
-    assert network.inside((2, 3, 40, 96)).flatten(1).sum(1).tolist() == [40 * 96] * 2
-    assert make_network().inside((2, 3, 40, 96)) is None  # nobody asks
+    assert network.valid_mask((1, 3, 64, 96)) is None
+    assert network.valid_mask((2, 3, 40, 96)).flatten(1).sum(1).tolist() == [40 * 96] * 2
+    assert make_network().valid_mask((2, 3, 40, 96)) is None  # nobody asks
     with torch.no_grad():
-        masked = network.look(image[None].float(), cut=False, valid=valid[None])
-        plain = network.look(image[None].float(), cut=False)
-    assert (masked.kept.logits < plain.kept.logits).all()  # a log-sum-exp over fewer cells
+        masked = network.inference_forward(image[None].float(), suppress=False, valid=valid[None])
+        plain = network.inference_forward(image[None].float(), suppress=False)
+    assert (masked.selected.logits < plain.selected.logits).all()  # a log-sum-exp over fewer cells
     assert not torch.allclose(masked.aligned.queries, plain.aligned.queries)
     sample = training_input() | {"valid": valid[:, :64]}
     losses = [network.train()([sample | {"padded": padded}])["loss_relevance"] for padded in (True, False)]
     assert losses[0] != losses[1]
-    torch.testing.assert_close(network([sample | {"padded": True, "valid": torch.ones(64, 64, dtype=torch.bool)}])
-                               ["loss_relevance"], losses[1])
+    torch.testing.assert_close(
+        network([sample | {"padded": True, "valid": torch.ones(64, 64, dtype=torch.bool)}])["loss_relevance"], losses[1]
+    )
 
 
 @kinds
@@ -235,18 +251,18 @@ def test_labels_and_masks_cover_the_same_canvas_when_crops_are_padded(kind):
     with torch.no_grad():
         images = network.preprocess(sample["image"][None].float())
         output = network.encode(images, names=network.text())
-        masks = output.layers[-1].masks(output.mask_features)
+        masks = output.layers[-1].mask_logits(output.mask_features)
         shown = F.interpolate(masks, size=images.shape[-2:], mode="bilinear", align_corners=False)[..., :size, :size]
     targets = network.targets([sample])
     assert targets.weight[0, :size, :size].all() and targets.weight.sum() == size * size
     points = SharedPoints.draw(targets, 500)
-    read = sample_maps(masks, points.places)[0]  # (P, N)
+    read = sample_maps(masks, points.point_coords)[0]  # (P, N)
     row, column = points.index[0] // 96, points.index[0] % 96
     torch.testing.assert_close(read, shown[0, :, row, column].t())
 
 
 def test_noise_shows_no_more_classes_than_can_be_kept():
-    network = make_network(classes=6, kind="hiervl", keep=3).train()
+    network = make_network(classes=6, kind="hiervl", top_k=3).train()
     noisy = pseudo_input(classes=6, teacher=True)
     targets = network.targets([noisy])
     counts = torch.bincount(noisy["sem_seg"].flatten(), minlength=6)

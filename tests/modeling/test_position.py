@@ -1,4 +1,5 @@
 """The sine embedding: its values, and that keeping it changes nothing."""
+
 import math
 
 import torch

@@ -1,4 +1,5 @@
 """HSQG: relevance is one function for every name, and what is kept is what has to be."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,9 @@ from hiervl.modeling.query_generator import QueryGenerator
 B, C, DT, D = 2, 8, 16, 12
 
 
-def make(keep=48, min_relevance=0.5):
+def make(top_k=48, min_relevance=0.5):
     torch.manual_seed(0)
-    return QueryGenerator(feature_dim=C, text_dim=DT, hidden_dim=D, keep=keep, min_relevance=min_relevance)
+    return QueryGenerator(feature_dim=C, text_dim=DT, hidden_dim=D, top_k=top_k, min_relevance=min_relevance)
 
 
 def names(count=6):
@@ -52,16 +53,16 @@ def test_padding_takes_no_part():
     generator, text, res5 = make(), names(), torch.randn(B, C, 4, 4)
     inside = torch.ones(B, 32, 32, dtype=torch.bool)
     inside[0, :, 9:] = False  # touches two of the four columns of cells
-    logits = generator(res5, text, inside=inside).logits
+    logits = generator(res5, text, valid_mask=inside).logits
     torch.testing.assert_close(logits[0], generator(res5[..., :2], text).logits[0])
     torch.testing.assert_close(logits[1:], generator(res5, text).logits[1:])
 
 
 def test_classes_of_the_target_stay_and_the_rest_are_the_hardest():
-    generator, text = make(keep=3), names(7)
+    generator, text = make(top_k=3), names(7)
     must = torch.zeros(B, 7, dtype=torch.bool)
     must[0, 5] = must[1, 2] = must[1, 6] = True
-    kept = generator(torch.randn(B, C, 3, 5), text, must_keep=must)
+    kept = generator(torch.randn(B, C, 3, 5), text, required=must)
     assert kept.index.shape == (B, 3) and kept.text.shape == (B, 3, DT) and kept.queries.shape == (B, 3, 3, D)
     for b in range(B):
         chosen = set(kept.index[b].tolist())
@@ -72,29 +73,29 @@ def test_classes_of_the_target_stay_and_the_rest_are_the_hardest():
 
 
 def test_more_classes_than_are_kept_is_an_error():
-    with pytest.raises(UserError, match="MODEL.HSQG.KEEP is 2, but a training image shows 3"):
-        make(keep=2)(torch.randn(B, C, 3, 5), names(), must_keep=torch.tensor([[1, 1, 1, 0, 0, 0]] * B).bool())
+    with pytest.raises(UserError, match="MODEL.HSQG.TOP_K is 2, but a training image shows 3"):
+        make(top_k=2)(torch.randn(B, C, 3, 5), names(), required=torch.tensor([[1, 1, 1, 0, 0, 0]] * B).bool())
 
 
 def test_the_cut_spares_unseen_names_and_the_best_one():
     generator, text = make(min_relevance=1.0), names(4)
     seen = torch.tensor([True, True, False, True])
-    kept = generator(torch.randn(1, C, 3, 5), text, seen=seen)
+    kept = generator(torch.randn(1, C, 3, 5), text, trained=seen)
     best = int(kept.logits.argmax())
     assert set(kept.index[0].tolist()) == {2, best}
     assert (kept.relevance > 0).all() and torch.isfinite(kept.log_relevance).all()
     assert kept.relevance[0, kept.index[0] == 2] == 1  # it is ranked, and no more than that
-    alone = generator(torch.randn(1, C, 3, 5), text[:1], seen=seen[:1])
+    alone = generator(torch.randn(1, C, 3, 5), text[:1], trained=seen[:1])
     assert alone.index.tolist() == [[0]]
 
 
 def test_a_batch_stays_rectangular_when_images_are_cut_differently():
     generator, text, res5 = make(min_relevance=0.5), names(12), 3 * torch.randn(4, C, 3, 5)
-    together = generator(res5, text, seen=torch.ones(12, dtype=torch.bool))
+    together = generator(res5, text, trained=torch.ones(12, dtype=torch.bool))
     assert together.index.shape == together.relevance.shape
     widths = set()
     for b in range(4):
-        alone = generator(res5[b:b + 1], text, seen=torch.ones(12, dtype=torch.bool))
+        alone = generator(res5[b : b + 1], text, trained=torch.ones(12, dtype=torch.bool))
         uncut = together.index[b][together.relevance[b] > 0]
         assert sorted(uncut.tolist()) == sorted(alone.index[0].tolist())
         widths.add(alone.index.shape[1])
@@ -102,5 +103,5 @@ def test_a_batch_stays_rectangular_when_images_are_cut_differently():
 
 
 def test_a_thousand_names_cost_queries_for_the_kept_ones_only():
-    kept = make(keep=48)(torch.randn(1, C, 3, 5), names(1000))
+    kept = make(top_k=48)(torch.randn(1, C, 3, 5), names(1000))
     assert kept.index.shape == (1, 48) and kept.queries.shape == (1, 3, 48, D) and kept.logits.shape == (1, 1000)

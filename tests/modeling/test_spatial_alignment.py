@@ -1,9 +1,10 @@
 """CMSAM: cosines per class and scale, flows behind gates, and upsampling that keeps to edges."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hiervl.modeling.query_generator import KeptClasses
+from hiervl.modeling.query_generator import SelectedClasses
 from hiervl.modeling.spatial_alignment import SpatialAlignment, guided_upsample
 
 B, K, D, CM = 2, 3, 8, 4
@@ -11,8 +12,9 @@ B, K, D, CM = 2, 3, 8, 4
 
 def make_kept(queries=None):
     queries = torch.randn(B, 3, K, D) if queries is None else queries
-    return KeptClasses(torch.arange(K).expand(B, -1), torch.full((B, K), 0.5), torch.randn(B, K, 16), queries,
-                       None, None, None)
+    return SelectedClasses(
+        torch.arange(K).expand(B, -1), torch.full((B, K), 0.5), torch.randn(B, K, 16), queries, None, None, None
+    )
 
 
 def make_memory():
@@ -26,14 +28,14 @@ def test_maps_are_cosines_of_query_and_pixel():
         query = F.normalize(scale.query(kept.queries[:, e]), dim=-1)  # (B, K, D)
         pixel = F.normalize(scale.pixel(memory[e]), dim=1)
         torch.testing.assert_close(aligned.maps[e], torch.einsum("bkd,bdhw->bkhw", query, pixel))
-    assert aligned.scores.shape == (B, K, 16, 16) and aligned.scores.abs().max() <= 1 + 1e-5
+    assert aligned.similarity.shape == (B, K, 16, 16) and aligned.similarity.abs().max() <= 1 + 1e-5
 
 
 def test_permuting_the_classes_permutes_everything():
     module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
     features, order = torch.randn(B, CM, 16, 16), torch.tensor([2, 0, 1])
     first, second = module(kept, memory, features), module(make_kept(kept.queries[:, :, order]), memory, features)
-    torch.testing.assert_close(first.scores[:, order], second.scores)
+    torch.testing.assert_close(first.similarity[:, order], second.similarity)
     torch.testing.assert_close(first.queries[:, :, order], second.queries)
     for a, b in zip(first.memory, second.memory):
         torch.testing.assert_close(a, b)
@@ -41,7 +43,7 @@ def test_permuting_the_classes_permutes_everything():
 
 def test_without_flows_queries_and_memory_pass_through():
     kept, memory = make_kept(), make_memory()
-    aligned = SpatialAlignment(dim=D, memory_dim=D, flows=False)(kept, memory, torch.randn(B, CM, 16, 16))
+    aligned = SpatialAlignment(dim=D, memory_dim=D, feature_exchange=False)(kept, memory, torch.randn(B, CM, 16, 16))
     assert torch.equal(aligned.queries, kept.queries)
     assert all(torch.equal(a, b) for a, b in zip(aligned.memory, memory))
 
@@ -65,19 +67,22 @@ def test_queries_gather_nothing_from_padding():
     inside = torch.ones(B, 16, 16, dtype=torch.bool)
     inside[:, :, 8:] = False
     features = torch.randn(B, CM, 16, 16)
-    changed = [torch.cat((x[..., :x.shape[3] // 2], torch.randn_like(x[..., x.shape[3] // 2:])), 3) for x in memory]
-    torch.testing.assert_close(module(kept, memory, features, inside).queries,
-                               module(kept, changed, features, inside).queries)
+    changed = [torch.cat((x[..., : x.shape[3] // 2], torch.randn_like(x[..., x.shape[3] // 2 :])), 3) for x in memory]
+    torch.testing.assert_close(
+        module(kept, memory, features, inside).queries, module(kept, changed, features, inside).queries
+    )
 
 
 def test_upsampling_with_an_even_guide_is_bilinear():
     maps = torch.randn(B, K, 5, 7)
-    torch.testing.assert_close(guided_upsample(maps, torch.ones(B, CM, 10, 14)),
-                               F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False))
+    torch.testing.assert_close(
+        guided_upsample(maps, torch.ones(B, CM, 10, 14)),
+        F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False),
+    )
 
 
 def brute_force(maps, guide, temperature=0.1):
-    """Position by position: four neighbours, bilinear weight times exp(cosine / temperature)."""
+    """Position by position: four neighbors, bilinear weight times exp(cosine / temperature)."""
     height, width = maps.shape[-2:]
     fine = F.normalize(guide, dim=1)
     coarse = F.normalize(F.avg_pool2d(fine, 2), dim=1)
@@ -101,7 +106,7 @@ def test_upsampling_equals_brute_force():
 
 
 def test_upsampling_keeps_to_an_edge_where_bilinear_blurs_it():
-    """A class that fills the columns left of an edge inside a coarse cell's neighbour."""
+    """A class that fills the columns left of an edge inside a coarse cell's neighbor."""
     guide = torch.zeros(1, 2, 8, 8)
     guide[:, 0, :, :4], guide[:, 1, :, 4:] = 1, 1
     maps = torch.zeros(1, 1, 4, 4)
@@ -112,10 +117,13 @@ def test_upsampling_keeps_to_an_edge_where_bilinear_blurs_it():
     assert guided < 0.01 < bilinear
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_guide_gets_no_gradient(guided):
-    module, features = SpatialAlignment(dim=D, memory_dim=D, guided=guided), torch.randn(B, CM, 16, 16)
-    module(make_kept(), make_memory(), features.requires_grad_()).scores.sum().backward()
+@pytest.mark.parametrize("guided_upsampling", [True, False])
+def test_guide_gets_no_gradient(guided_upsampling):
+    module, features = (
+        SpatialAlignment(dim=D, memory_dim=D, guided_upsampling=guided_upsampling),
+        torch.randn(B, CM, 16, 16),
+    )
+    module(make_kept(), make_memory(), features.requires_grad_()).similarity.sum().backward()
     assert features.grad is None
 
 

@@ -143,7 +143,7 @@ def test_a_planted_bug_is_found(make_inputs, cuda_on_host, bug):
     assert max(errors(HostDevice(cuda_on_host((bug,)), 64), inputs, grad_output, expected)) > 1e-2
 
 
-def test_shim_synchronises_shuffles_and_adds(cuda_on_host):
+def test_shim_synchronizes_shuffles_and_adds(cuda_on_host):
     library, blocks, threads = cuda_on_host(), 3, 128
     data = torch.randint(-100, 100, (blocks * threads - 5,), dtype=torch.int32)
     for reverse in (0, 1):
@@ -182,6 +182,7 @@ def test_elements_beyond_two_to_the_31(make_inputs, cuda_on_host, where, request
     else:
         request.getfixturevalue("kernel")
         output = ms_deform_attn(*inputs.args)
-    expected = ms_deform_attn_reference(small.double(), [(2, 2)], [0], inputs.locations.double(),
-                                        inputs.weights.double())
+    expected = ms_deform_attn_reference(
+        small.double(), [(2, 2)], [0], inputs.locations.double(), inputs.weights.double()
+    )
     assert (output.double() - expected).abs().max() < 1e-2 * expected.abs().max()

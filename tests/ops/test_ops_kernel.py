@@ -1,4 +1,4 @@
-"""The CPU kernel against the float64 reference, and its behaviour at the edges."""
+"""The CPU kernel against the float64 reference, and its behavior at the edges."""
 
 import pytest
 import torch
@@ -94,8 +94,9 @@ def test_same_bits_for_any_number_of_threads(make_inputs, dtype):
 @pytest.mark.parametrize("points", [3, 6])
 def test_each_input_has_a_type_of_its_own(make_inputs, instruction_set, points, value, locations, weights):
     inputs = make_inputs(queries=50, points=points)
-    inputs = Inputs(inputs.value.to(value), inputs.shapes, inputs.starts, inputs.locations.to(locations),
-                    inputs.weights.to(weights))
+    inputs = Inputs(
+        inputs.value.to(value), inputs.shapes, inputs.starts, inputs.locations.to(locations), inputs.weights.to(weights)
+    )
     exact = inputs.map(torch.Tensor.double)
     grad_output = torch.randn(2, 50, 16).to(value)
     results = output_and_gradients(inputs, grad_output)

@@ -1,4 +1,5 @@
 """Filters only lower weights, keep their state by class name, and do what their names say."""
+
 import pytest
 import torch
 
@@ -6,9 +7,15 @@ from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.filters import FILTERS, FilterChain, PseudoLabels
 
-OPTIONS = {"confidence": {"threshold": 0.5}, "region": {"min_area": 6}, "boundary": {"margin": 1},
-           "adaptive": {"quantile": 0.3, "floor": 0.4, "ceiling": 0.9, "momentum": 0.9},
-           "image_average": {"threshold": 0.5}, "text_agreement": {"margin": 0.1}, "relevance": {"threshold": 0.5}}
+OPTIONS = {
+    "confidence": {"threshold": 0.5},
+    "region": {"min_area": 6},
+    "boundary": {"margin": 1},
+    "adaptive": {"quantile": 0.3, "floor": 0.4, "ceiling": 0.9, "momentum": 0.9},
+    "image_average": {"threshold": 0.5},
+    "text_agreement": {"margin": 0.1},
+    "relevance": {"threshold": 0.5},
+}
 NAMES = ["road", "car", "tree"]
 
 
@@ -16,8 +23,13 @@ def make_pseudo(batch=2, size=16):
     scores = (torch.randn(batch, len(NAMES), size, size) * 2).softmax(1)
     valid = torch.ones(batch, size, size, dtype=torch.bool)
     valid[:, :, 12:] = False
-    return PseudoLabels.from_scores(scores, valid, NAMES, relevance=torch.tensor([[0.9, 0.2, 0.8]]).expand(batch, -1),
-                                    pixel_text=torch.rand(batch, len(NAMES), size // 4, size // 4))
+    return PseudoLabels.from_probabilities(
+        scores,
+        valid,
+        NAMES,
+        relevance=torch.tensor([[0.9, 0.2, 0.8]]).expand(batch, -1),
+        pixel_text=torch.rand(batch, len(NAMES), size // 4, size // 4),
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
@@ -47,10 +59,9 @@ def test_adaptive_thresholds_are_quantiles_per_class_within_bounds():
     labels[:, 5:] = 1
     confidence = torch.linspace(0.5, 1, 100).view(1, 10, 10)
     scores = torch.zeros(1, 3, 10, 10).scatter_(1, labels[:, None], confidence[:, None])
-    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    pseudo = PseudoLabels.from_probabilities(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
     state = {}
-    kept = FILTERS["adaptive"](pseudo, torch.ones(1, 10, 10), state, quantile=0.5, floor=0.1, ceiling=0.8,
-                               momentum=0.9)
+    kept = FILTERS["adaptive"](pseudo, torch.ones(1, 10, 10), state, quantile=0.5, floor=0.1, ceiling=0.8, momentum=0.9)
     assert state["road"] == pytest.approx(confidence[labels == 0].median().item(), abs=0.01)
     assert "tree" not in state  # never predicted: no threshold of its own
     assert (kept[labels == 0] == (confidence[labels == 0] >= state["road"])).all()
@@ -62,7 +73,7 @@ def test_region_removes_small_islands():
     labels[0, 3, 3:5] = 1
     labels[0, 6:10, 6:10] = 2
     scores = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
-    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    pseudo = PseudoLabels.from_probabilities(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
     kept = FILTERS["region"](pseudo, torch.ones(1, 12, 12), {}, min_area=6)
     assert (kept == (labels != 1)).all()
 
@@ -71,7 +82,7 @@ def test_boundary_removes_a_margin_on_both_sides():
     labels = torch.zeros(1, 6, 10, dtype=torch.long)
     labels[..., 5:] = 2
     scores = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
-    pseudo = PseudoLabels.from_scores(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
+    pseudo = PseudoLabels.from_probabilities(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
     kept = FILTERS["boundary"](pseudo, torch.ones(1, 6, 10), {}, margin=2)
     assert kept[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
 
@@ -100,11 +111,13 @@ def test_a_filter_without_its_language_module_is_refused_at_once(name, module, o
 
 
 def test_text_agreement_reads_the_scores_where_the_pixel_is():
-    """Images of 6x6 are padded to 8x8: the last columns of the pixel-text scores lie outside."""
+    """Images of 6x6 are padded to 8x8: the last columns of the pixel-text similarity lie outside."""
     scores = torch.zeros(1, 2, 6, 6)
     scores[:, 0] = 1
     pixel_text = torch.zeros(1, 2, 2, 2)
     pixel_text[:, 1, :, 1] = 1  # the right half of the canvas looks like class 1
-    pseudo = PseudoLabels.from_scores(scores, torch.ones(1, 6, 6, dtype=torch.bool), ["a", "b"], pixel_text=pixel_text)
+    pseudo = PseudoLabels.from_probabilities(
+        scores, torch.ones(1, 6, 6, dtype=torch.bool), ["a", "b"], pixel_text=pixel_text
+    )
     kept = FILTERS["text_agreement"](pseudo, torch.ones(1, 6, 6), {}, margin=0.1)
     assert kept[0, 0].tolist() == [1, 1, 0, 0, 0, 0]

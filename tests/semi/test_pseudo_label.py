@@ -1,4 +1,5 @@
-"""From unlabelled images to the student's inputs: CutMix mixes everything alike, absence is known or not taught."""
+"""From unlabeled images to the student's inputs: CutMix mixes everything alike, absence is known or not taught."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ class Teacher(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
-    def predict(self, images, cut=True, valid=None):
+    def predict(self, images, suppress=True, valid=None):
         self.valid = valid
         scores = torch.full((len(images), K, SIZE, SIZE), 0.02) * self.weight
         for i in range(len(images)):
@@ -31,19 +32,32 @@ class Teacher(torch.nn.Module):
 
 
 def make_hook(unlabeled, weight=1.0, feature_dropout=0.0, iteration=10):
-    hook = PseudoLabelHook(FilterChain([("confidence", {"threshold": 0.5})]), burn_in=5,
-                           feature_dropout=feature_dropout, absent_below=0.05)
-    hook.trainer = SimpleNamespace(batch={"labeled": [], "unlabeled": unlabeled}, iter=iteration, log={},
-                                   teacher=SimpleNamespace(model=Teacher()), logs_now=lambda: True,
-                                   unlabeled_weight=lambda: weight, autocast=lambda: torch.no_grad())
+    hook = PseudoLabelHook(
+        FilterChain([("confidence", {"threshold": 0.5})]), burn_in=5, feature_dropout=feature_dropout, absent_below=0.05
+    )
+    hook.trainer = SimpleNamespace(
+        batch={"labeled": [], "unlabeled": unlabeled},
+        iter=iteration,
+        log={},
+        teacher=SimpleNamespace(model=Teacher()),
+        should_log=lambda: True,
+        unlabeled_weight=lambda: weight,
+        autocast=lambda: torch.no_grad(),
+    )
     return hook
 
 
 def make_sample(i, partner, box, **extra):
-    return {"image": torch.full((3, SIZE, SIZE), i, dtype=torch.uint8), "file_name": f"{i}.jpg",
-            "strong": [torch.full((3, SIZE, SIZE), 10 + i, dtype=torch.uint8)],
-            "cutmix_box": [box], "partner": partner, "valid": torch.ones(SIZE, SIZE, dtype=torch.bool),
-            "padded": False, **extra}
+    return {
+        "image": torch.full((3, SIZE, SIZE), i, dtype=torch.uint8),
+        "file_name": f"{i}.jpg",
+        "strong": [torch.full((3, SIZE, SIZE), 10 + i, dtype=torch.uint8)],
+        "cutmix_box": [box],
+        "partner": partner,
+        "valid": torch.ones(SIZE, SIZE, dtype=torch.bool),
+        "padded": False,
+        **extra,
+    }
 
 
 def test_cutmix_mixes_image_label_and_validity_alike():
@@ -115,7 +129,7 @@ def test_accuracy_is_measured_where_masks_are_there():
     truth = torch.zeros(SIZE, SIZE, dtype=torch.long)
     truth[0] = 255
     truth[1] = 2
-    hook = make_hook([make_sample(0, 1, None, measure_sem_seg=truth), make_sample(1, 0, None)])
+    hook = make_hook([make_sample(0, 1, None, true_sem_seg=truth), make_sample(1, 0, None)])
     hook.before_step()
     assert hook.trainer.log["pseudo_accuracy/all"] == pytest.approx(48 / 56)
     assert hook.trainer.log["pseudo_accuracy/kept"] == pytest.approx(42 / 49)

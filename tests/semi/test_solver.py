@@ -1,4 +1,5 @@
 """What decays and what does not."""
+
 import torch
 
 from hiervl.config import load_config
@@ -8,7 +9,7 @@ from tests.networks import make_network
 
 
 def decays(network, *overrides):
-    """{name of a parameter: its weight decay}, and that every parameter is optimised once."""
+    """{name of a parameter: its weight decay}, and that every parameter is optimized once."""
     optimizer = build_optimizer(load_config("", ["SOLVER.WEIGHT_DECAY", 0.05, *overrides]), network)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
@@ -23,9 +24,17 @@ def test_weight_decay_spares_embeddings_and_vectors_but_no_linear_layer():
     network.backbone.reg_token = torch.nn.Parameter(torch.zeros(1, 4, 8))
     network.backbone.pos_embed = torch.nn.Parameter(torch.zeros(1, 4, 8))
     found = decays(network)
-    spared = {"decoder.query_feat.weight", "decoder.query_embed.weight", "decoder.level_embed.weight",
-              "decoder.set_embed.weight", "query_generator.level_embed.weight", "backbone.cls_token",
-              "backbone.reg_token", "backbone.pos_embed", "pixel_decoder.transformer.level_embed"}
+    spared = {
+        "decoder.query_feat.weight",
+        "decoder.query_embed.weight",
+        "decoder.level_embed.weight",
+        "decoder.set_embed.weight",
+        "query_generator.level_embed.weight",
+        "backbone.cls_token",
+        "backbone.reg_token",
+        "backbone.pos_embed",
+        "pixel_decoder.transformer.level_embed",
+    }
     assert spared <= found.keys()
     for name, parameter in network.named_parameters():
         assert found[name] == (0 if parameter.ndim < 2 or name in spared else 0.05), name

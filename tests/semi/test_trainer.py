@@ -1,4 +1,5 @@
 """The training loop on a complete small run."""
+
 import json
 
 import pytest
@@ -20,9 +21,11 @@ def train(cfg, iterations=None, resume=False):
 
 
 def weights(trainer):
-    return {f"{kind}.{name}": value.clone()
-            for kind, model in (("student", trainer.student), ("teacher", trainer.teacher.model))
-            for name, value in model.state_dict().items()}
+    return {
+        f"{kind}.{name}": value.clone()
+        for kind, model in (("student", trainer.student), ("teacher", trainer.teacher.model))
+        for name, value in model.state_dict().items()
+    }
 
 
 def assert_identical(first, second):
@@ -49,7 +52,7 @@ def test_weight_zero_is_bit_identically_the_supervised_student(make_cfg, tmp_pat
     assert_identical(weights(with_stream), weights(supervised))
 
 
-def test_unlabelled_images_change_the_student_after_burn_in_only(make_cfg, tmp_path):
+def test_unlabeled_images_change_the_student_after_burn_in_only(make_cfg, tmp_path):
     cfgs = [make_cfg("SEMI.UNLABELED_PER_BATCH", count, "OUTPUT_DIR", str(tmp_path / f"{count}")) for count in (0, 2)]
     during = [weights(train(cfg, iterations=2)) for cfg in cfgs]
     assert_identical(*during)
@@ -96,7 +99,7 @@ def test_a_resumed_run_remembers_its_best_result(make_cfg, tmp_path):
     assert resumed.evaluation.results["last"]["iteration"] == 6
 
 
-def test_the_logged_total_is_the_loss_that_is_minimised(make_cfg, tmp_path):
+def test_the_logged_total_is_the_loss_that_is_minimized(make_cfg, tmp_path):
     train(make_cfg("SEMI.WEIGHT", 0.5), iterations=4)  # iteration 2 lies inside the ramp
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     lines = [line for line in lines if "total_loss" in line]  # the others are evaluations
@@ -128,14 +131,21 @@ def test_accumulation_learns_from_every_image_once(make_cfg, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [0, 3])
-def test_every_micro_batch_needs_a_labelled_image(make_cfg, parts):
+def test_every_micro_batch_needs_a_labeled_image(make_cfg, parts):
     with pytest.raises(UserError, match=f"SOLVER.ACCUMULATE is {parts};.*SOLVER.IMS_PER_BATCH 2"):
         SemiSupervisedTrainer(make_cfg("SOLVER.ACCUMULATE", parts))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("MODEL.CMSAM.ENABLED", False), ("MODEL.CMSAM.FLOWS", False), ("MODEL.DECODER.SEMANTIC", False),
-    ("MODEL.REGULARIZERS.VISION_LANGUAGE", 0.0), ("MODEL.REGULARIZERS.DIVERSITY", 0.0)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.CMSAM.ENABLED", False),
+        ("MODEL.CMSAM.FEATURE_EXCHANGE", False),
+        ("MODEL.DECODER.SEMANTIC", False),
+        ("MODEL.REGULARIZERS.VISION_LANGUAGE", 0.0),
+        ("MODEL.REGULARIZERS.DIVERSITY", 0.0),
+    ],
+)
 def test_distributed_training_looks_for_missing_gradients_in_ablations_only(key, value):
     assert not may_lack_gradients(load_config("", []))
     assert may_lack_gradients(load_config("", [key, value]))
@@ -157,8 +167,11 @@ def test_a_non_finite_loss_stops_before_the_weights_and_names_the_images(make_cf
 def test_modes_differ_in_config_only(make_cfg, tmp_path):
     """fixmatch: one strong view; unimatch: two and feature dropout."""
     for views, dropout, expected in ((1, 0.0, 2), (2, 0.5, 6)):
-        trainer = train(make_cfg("SEMI.STRONG_VIEWS", views, "SEMI.FEATURE_DROPOUT", dropout,
-                                 "OUTPUT_DIR", str(tmp_path / f"{views}")))
+        trainer = train(
+            make_cfg(
+                "SEMI.STRONG_VIEWS", views, "SEMI.FEATURE_DROPOUT", dropout, "OUTPUT_DIR", str(tmp_path / f"{views}")
+            )
+        )
         assert len(trainer.pseudo_inputs) == expected
 
 

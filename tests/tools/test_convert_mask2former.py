@@ -1,4 +1,5 @@
 """An official Mask2Former checkpoint goes through the tool and computes the reference's numbers."""
+
 import pickle
 
 import pytest
@@ -45,14 +46,15 @@ def test_the_converted_network_is_mask2former(tmp_path, reference, capsys, suffi
     assert tool.main([source, target, "--keep-classifier"]) == 0
     state = torch.load(target, weights_only=True)["model"]
     assert torch.equal(state.pop("backbone.stem.conv1.weight"), torch.zeros(4, 3, 7, 7))
-    network = nn.ModuleDict({"pixel_decoder": build_pixel_decoder(reference["settings"]),
-                             "decoder": build_decoder(reference["settings"])})
+    network = nn.ModuleDict(
+        {"pixel_decoder": build_pixel_decoder(reference["settings"]), "decoder": build_decoder(reference["settings"])}
+    )
     network.load_state_dict(state, strict=True)
     with torch.no_grad():
         memory, mask_features = network["pixel_decoder"](reference["features"])
         last = network["decoder"](memory, mask_features, None)[-1]
     torch.testing.assert_close(last.class_logits, reference["pred_logits"], **TOLERANCE)
-    torch.testing.assert_close(last.masks(mask_features), reference["pred_masks"], **TOLERANCE)
+    torch.testing.assert_close(last.mask_logits(mask_features), reference["pred_masks"], **TOLERANCE)
     out = capsys.readouterr().out
     assert "121 weights (backbone 1, pixel_decoder 53, decoder 67)" in out
     assert "left out, without a place in HierVL: 1 (criterion.empty_weight)" in out
@@ -66,13 +68,36 @@ def test_the_class_head_is_left_out_by_default(tmp_path, reference, capsys):
 
 
 CONFIG = "configs/shapes_supervised.yaml"
-SMALL = ["MODEL.HSQG.ENABLED", False, "MODEL.CMSAM.ENABLED", False, "MODEL.DECODER.SEMANTIC", False,
-         "MODEL.CRITERION.SEMANTIC_MATCHING", "fixed",
-         "MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.BACKBONE.TIMM.NAME", "lcnet_050",
-         "MODEL.PIXEL_DECODER.CONV_DIM", "64", "MODEL.PIXEL_DECODER.MASK_DIM", "64",
-         "MODEL.PIXEL_DECODER.ENC_LAYERS", "2", "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM", "128",
-         "MODEL.DECODER.HIDDEN_DIM", "64", "MODEL.DECODER.NUM_LAYERS", "3", "MODEL.DECODER.FEEDFORWARD_DIM", "128",
-         "MODEL.DECODER.NUM_QUERIES", "9"]
+SMALL = [
+    "MODEL.HSQG.ENABLED",
+    False,
+    "MODEL.CMSAM.ENABLED",
+    False,
+    "MODEL.DECODER.SEMANTIC",
+    False,
+    "MODEL.CRITERION.SEMANTIC_MATCHING",
+    "fixed",
+    "MODEL.BACKBONE.NAME",
+    "TimmBackbone",
+    "MODEL.BACKBONE.TIMM.NAME",
+    "lcnet_050",
+    "MODEL.PIXEL_DECODER.CONV_DIM",
+    "64",
+    "MODEL.PIXEL_DECODER.MASK_DIM",
+    "64",
+    "MODEL.PIXEL_DECODER.ENC_LAYERS",
+    "2",
+    "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM",
+    "128",
+    "MODEL.DECODER.HIDDEN_DIM",
+    "64",
+    "MODEL.DECODER.NUM_LAYERS",
+    "3",
+    "MODEL.DECODER.FEEDFORWARD_DIM",
+    "128",
+    "MODEL.DECODER.NUM_QUERIES",
+    "9",
+]
 
 
 @pytest.mark.parametrize("classifier", ["text", "linear"])
@@ -85,7 +110,7 @@ def test_what_does_not_fit_the_config_is_listed_and_the_rest_loads(tmp_path, ref
     assert f"of another shape in this config's network: {misfits} (pixel_decoder.input_proj.0.0.weight (64, 48" in out
     assert "not in this config's network: 1 (backbone.stem.conv1.weight)" in out
     assert ("class head: 2" in out) == (classifier == "text")
-    assert "initialised anew:" in out
+    assert "initialized anew:" in out
     args = tool.parse_args([source, target, "--config-file", CONFIG, "--opts", *overrides])
     network, _ = tool.build_network(args)
     AtomicCheckpointer(network).load(target)
@@ -95,9 +120,19 @@ def test_what_does_not_fit_the_config_is_listed_and_the_rest_loads(tmp_path, ref
 
 def test_a_config_of_other_sizes_is_refused(tmp_path, reference, capsys):
     source = write(tmp_path / "official.pkl", official(reference))
-    small = [*SMALL, "MODEL.PIXEL_DECODER.CONV_DIM", "32", "MODEL.PIXEL_DECODER.MASK_DIM", "32",
-             "MODEL.DECODER.HIDDEN_DIM", "32", "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM", "96",
-             "MODEL.DECODER.FEEDFORWARD_DIM", "96"]
+    small = [
+        *SMALL,
+        "MODEL.PIXEL_DECODER.CONV_DIM",
+        "32",
+        "MODEL.PIXEL_DECODER.MASK_DIM",
+        "32",
+        "MODEL.DECODER.HIDDEN_DIM",
+        "32",
+        "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM",
+        "96",
+        "MODEL.DECODER.FEEDFORWARD_DIM",
+        "96",
+    ]
     assert tool.main([source, str(tmp_path / "out.pth"), "--config-file", CONFIG, "--opts", *small]) == 2
     assert "neither of its decoders fits" in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()
@@ -112,18 +147,23 @@ def without(state, part):
     return {name: value for name, value in state.items() if part not in name}
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda path, state: None, "no such"),
-    (lambda path, state: path.write_bytes(b"hello"), "not a pickled checkpoint"),
-    (lambda path, state: path.write_bytes(b""), "not a pickled checkpoint"),
-    (lambda path, state: path.write_bytes(pickle.dumps({"model": Evil()})), "it holds builtins.print"),
-    (lambda path, state: path.write_bytes(pickle.dumps({"model": {}})), "holds no weights"),
-    (lambda path, state: path.write_bytes(pickle.dumps([1])), "holds no weights"),
-    (lambda path, state: write(path, without(state, "cross_attention")), "no masked-attention decoder in it"),
-    (lambda path, state: write(path, without(state, "sampling_offsets")), "no deformable-attention pixel decoder"),
-    (lambda path, state: write(path, {"decoder.query_feat.weight": state["criterion.empty_weight"]}),
-     "has HierVL's own names already"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path, state: None, "no such"),
+        (lambda path, state: path.write_bytes(b"hello"), "not a pickled checkpoint"),
+        (lambda path, state: path.write_bytes(b""), "not a pickled checkpoint"),
+        (lambda path, state: path.write_bytes(pickle.dumps({"model": Evil()})), "it holds builtins.print"),
+        (lambda path, state: path.write_bytes(pickle.dumps({"model": {}})), "holds no weights"),
+        (lambda path, state: path.write_bytes(pickle.dumps([1])), "holds no weights"),
+        (lambda path, state: write(path, without(state, "cross_attention")), "no masked-attention decoder in it"),
+        (lambda path, state: write(path, without(state, "sampling_offsets")), "no deformable-attention pixel decoder"),
+        (
+            lambda path, state: write(path, {"decoder.query_feat.weight": state["criterion.empty_weight"]}),
+            "has HierVL's own names already",
+        ),
+    ],
+)
 def test_wrong_files_are_refused_in_one_line(tmp_path, reference, capsys, make, message):
     path = tmp_path / "official.pkl"
     make(path, official(reference))

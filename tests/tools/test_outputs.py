@@ -1,4 +1,5 @@
 """The tools write onto no image that they read, and onto no file that they did not make."""
+
 import hashlib
 import json
 import os
@@ -49,12 +50,14 @@ def show(monkeypatch, capsys):
     def call(output, *inputs):
         status = demo.main(["--config-file", CONFIG, "--input", *map(str, inputs), "--output", str(output)])
         return status, capsys.readouterr().err
+
     return call
 
 
 @pytest.fixture
 def refused(show, tmp_path, monkeypatch):
     """The demo must end with 2 and one line that has these words, without a network and with every file as it was."""
+
     def call(words, output, *inputs):
         before = tree(tmp_path)
         with monkeypatch.context() as patch:
@@ -62,6 +65,7 @@ def refused(show, tmp_path, monkeypatch):
             status, err = show(output, *inputs)
         assert status == 2 and len(err.strip().splitlines()) == 1 and all(word in err for word in words), err
         assert tree(tmp_path) == before
+
     return call
 
 
@@ -105,13 +109,19 @@ def test_a_run_that_fails_claims_nothing(refused, show, tmp_path, monkeypatch):
     refused(("out/1.jpg is already there",), tmp_path / "out", image)
 
 
-@pytest.mark.parametrize("files, stems", [
-    (["x.jpg", "y.png"], ["x", "y"]), (["x.jpg", "x.png", "y.png"], ["x_jpg", "x_png", "y"]),
-    (["a/x.jpg", "b/x.jpg"], ["a_x_jpg", "b_x_jpg"]), (["a/x.jpg", "b/x.png"], ["x_jpg", "x_png"]),
-    (["c/a/x.jpg", "d/a/x.jpg"], ["a_x_jpg", "a_x_jpg_2"]), (["x.jpg", "./x.jpg"], ["x"]),
-    (["a/x.jpg", "b/X.jpg"], ["a_x_jpg", "b_X_jpg"]), (["a/x.jpg", "b/x.png", "b/x_png.jpg"],
-                                                       ["x_jpg", "b_x_png", "b_x_png_2"]),
-])
+@pytest.mark.parametrize(
+    "files, stems",
+    [
+        (["x.jpg", "y.png"], ["x", "y"]),
+        (["x.jpg", "x.png", "y.png"], ["x_jpg", "x_png", "y"]),
+        (["a/x.jpg", "b/x.jpg"], ["a_x_jpg", "b_x_jpg"]),
+        (["a/x.jpg", "b/x.png"], ["x_jpg", "x_png"]),
+        (["c/a/x.jpg", "d/a/x.jpg"], ["a_x_jpg", "a_x_jpg_2"]),
+        (["x.jpg", "./x.jpg"], ["x"]),
+        (["a/x.jpg", "b/X.jpg"], ["a_x_jpg", "b_X_jpg"]),
+        (["a/x.jpg", "b/x.png", "b/x_png.jpg"], ["x_jpg", "b_x_png", "b_x_png_2"]),
+    ],
+)
 def test_every_image_has_overlays_of_its_own(files, stems):
     made = list(demo.targets(files, "out").values())
     assert made == [(f"out/{stem}.jpg", f"out/{stem}_labels.png") for stem in stems]
@@ -143,14 +153,21 @@ def test_make_demo_removes_only_its_own_results(tmp_path, monkeypatch):
 
 def test_a_checkpoint_converted_onto_another(tmp_path, capsys):
     source, other = tmp_path / "official.pth", tmp_path / "mine.pth"
-    weights = {name.replace("decoder.", "sem_seg_head.predictor.", 1) if name.startswith("decoder.") else
-               f"sem_seg_head.{name}": torch.zeros(1) for name in convert_mask2former.LANDMARKS}
+    weights = {
+        name.replace("decoder.", "sem_seg_head.predictor.", 1)
+        if name.startswith("decoder.")
+        else f"sem_seg_head.{name}": torch.zeros(1)
+        for name in convert_mask2former.LANDMARKS
+    }
     torch.save({"model": weights}, source)
     torch.save({"model": {}}, other)
     (tmp_path / "link.pth").symlink_to(source)
     before = tree(tmp_path)
-    for target, words in ((source, "one of the files to read"), (tmp_path / "link.pth", "one of the files to read"),
-                          (other, "is already there")):
+    for target, words in (
+        (source, "one of the files to read"),
+        (tmp_path / "link.pth", "one of the files to read"),
+        (other, "is already there"),
+    ):
         assert convert_mask2former.main([str(source), str(target)]) == 2
         err = capsys.readouterr().err
         assert target.name in err and words in err and "OUTPUT" in err and len(err.strip().splitlines()) == 1

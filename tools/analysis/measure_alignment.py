@@ -3,12 +3,13 @@
     python -m tools.analysis.measure_alignment --config-file configs/camvid_23_hiervl.yaml \
         --opts MODEL.WEIGHTS output/camvid_23_hiervl/model_final.pth
 
-Evaluates the class probabilities and the pixel-text scores (a pixel's class is the one of the highest score) by mIoU
+Evaluates the class probabilities and the pixel-text similarity (a pixel's class is the most similar one) by mIoU
 and boundary IoU: with the network as it is, with its maps upsampled bilinearly instead of along the edges of the mask
 features, and without the flows between pixels and queries. No weight is trained anew: the rows tell what the trained
 network makes of these parts, not what another would have become without them. Whole images of the first set of
 DATASETS.TEST.
 """
+
 import contextlib
 import sys
 
@@ -17,12 +18,16 @@ from tabulate import tabulate
 from hiervl.data.images import read_label
 from hiervl.errors import UserError, exit_status
 from hiervl.evaluation import BoundaryIoU, ConfusionMatrix
-from hiervl.evaluation.confusion import scores
-from hiervl.modeling.inference import full_size, resized
+from hiervl.evaluation.confusion import compute_metrics
+from hiervl.modeling.inference import upsample_to_image, resize_maps
 from tools.analysis import trained
 
 # Attributes of SpatialAlignment that a row switches off.
-ROWS = {"as it is": (), "bilinear upsampling": ("guided",), "without flows": ("flows",)}
+ROWS = {
+    "as it is": (),
+    "bilinear upsampling": ("guided_upsampling",),
+    "without feature exchange": ("feature_exchange",),
+}
 
 
 class Quality:
@@ -39,7 +44,10 @@ class Quality:
         self.boundaries.update(label, prediction)
 
     def row(self, name: str) -> dict:
-        return {f"{name}, mIoU": scores(self.regions.counts).miou, f"{name}, boundary mIoU": self.boundaries.mean()}
+        return {
+            f"{name}, mIoU": compute_metrics(self.regions.counts).miou,
+            f"{name}, boundary mIoU": self.boundaries.mean(),
+        }
 
 
 @torch.no_grad()
@@ -52,12 +60,16 @@ def measure(network, samples, ignore_label: int) -> list:
         for name, off in ROWS.items():
             with switched_off(network.alignment, off):
                 said = network.predict(image)
-            pixel_text = full_size(said.spread(said.pixel_text.float(), fill=-1.0), image.shape[2:])
+            pixel_text = upsample_to_image(
+                said.scatter_to_all_classes(said.pixel_text.float(), fill=-1.0), image.shape[2:]
+            )
             for quality, maps in zip(found[name], (said.dense(), pixel_text)):
-                maps = resized(maps, (sample["height"], sample["width"]))[0]
+                maps = resize_maps(maps, (sample["height"], sample["width"]))[0]
                 quality.update(label, maps, sample["sem_seg_file_name"])
-    return [{"network": name} | probabilities.row("probabilities") | scores_.row("pixel-text scores")
-            for name, (probabilities, scores_) in found.items()]
+    return [
+        {"network": name} | probabilities.row("probabilities") | similarity.row("pixel-text similarity")
+        for name, (probabilities, similarity) in found.items()
+    ]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ and --unseen) and measures which names HSQG keeps and what the added words cost;
 other words for the same things (--synonyms), and by each other. No weight changes on the way, which is checked.
 Prints tables and writes language.json into --output. Evaluates the whole images of the first set of DATASETS.TEST.
 """
+
 import random
 import sys
 import time
@@ -56,7 +57,7 @@ class Found:
 
     @property
     def other_share(self) -> float:
-        """Share of the labelled pixels that went to a word that is no class, in percent."""
+        """Share of the labeled pixels that went to a word that is no class, in percent."""
         return 100 * self.result["per_class"]["predicted"][-1] / self.result["pixels"]
 
     def chance(self) -> float:
@@ -73,16 +74,16 @@ class Measurement:
 
     Args:
         network: in evaluation mode. class_names: what the label maps mean. samples: list-like of TestMapper's results.
-        seen: words beside the classes that training showed as absent: like the classes, they may be cut.
-        keep: MODEL.HSQG.KEEP in all evaluations.
+        trained: words beside the classes that training showed as absent: like the classes, they may be cut.
+        top_k: MODEL.HSQG.TOP_K in all evaluations.
     Attributes:
         present: (I, K) bool, classes with a pixel in the label map.
     """
 
-    def __init__(self, network, class_names, samples, seen=(), keep=48):
+    def __init__(self, network, class_names, samples, trained=(), top_k=48):
         self.network, self.class_names, self.samples = network, list(class_names), samples
-        network.trained_names = network.trained_names | set(seen)
-        network.query_generator.keep = keep
+        network.trained_names = network.trained_names | set(trained)
+        network.query_generator.top_k = top_k
         self._weights = {name: value.clone() for name, value in network.state_dict().items()}
         ids = np.arange(len(self.class_names))
         self.present = np.stack([np.isin(ids, read_label(s["sem_seg_file_name"])) for s in samples])
@@ -103,8 +104,8 @@ class Measurement:
             said = self.network.predict(sample["image"][None].to(self.network.device, torch.float32))
             relevance[i] = said.relevance[0].cpu()
             kept[i, said.index[0].cpu()] = True
-            leading[i, said.relevance[0].topk(min(self.network.query_generator.keep, shape[1])).indices.cpu()] = True
-            scores = fold(said.kept[0], said.index[0], len(self.class_names))
+            leading[i, said.relevance[0].topk(min(self.network.query_generator.top_k, shape[1])).indices.cpu()] = True
+            scores = fold(said.values[0], said.index[0], len(self.class_names))
             size = sample["height"], sample["width"]
             if scores.shape[1:] != size:
                 scores = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -141,11 +142,20 @@ def suppression(found: Found, groups: dict, present: np.ndarray, threshold: floa
     for title, pairs in groups.items():
         if not pairs.any():
             continue
-        share = {"below MIN_RELEVANCE": found.relevance < threshold, "not among KEEP": ~found.leading,
-                 "kept": found.kept}
-        rows.append({"words": title, "pairs": int(pairs.sum()), "mean relevance": float(found.relevance[pairs].mean()),
-                     **{name: 100 * float(value[pairs].mean()) for name, value in share.items()},
-                     "outranked by present": outranked(found.relevance, pairs & ~present, present)})
+        share = {
+            "below MIN_RELEVANCE": found.relevance < threshold,
+            "not among the top k": ~found.leading,
+            "kept": found.kept,
+        }
+        rows.append(
+            {
+                "words": title,
+                "pairs": int(pairs.sum()),
+                "mean relevance": float(found.relevance[pairs].mean()),
+                **{name: 100 * float(value[pairs].mean()) for name, value in share.items()},
+                "outranked by present": outranked(found.relevance, pairs & ~present, present),
+            }
+        )
     return rows
 
 
@@ -164,9 +174,12 @@ def word_groups(present: np.ndarray, num_seen: int, num_unseen: int) -> tuple:
     kind = np.repeat([0, 1, 2], [num_classes, num_seen, num_unseen])
     shown = np.pad(present, ((0, 0), (0, num_seen + num_unseen)))
     alike = np.ones((images, 1), bool)
-    return {"classes, present": shown, "classes, absent": ~shown & (kind == 0),
-            "distractors seen in training": alike & (kind == 1),
-            "distractors not seen": alike & (kind == 2)}, shown
+    return {
+        "classes, present": shown,
+        "classes, absent": ~shown & (kind == 0),
+        "distractors seen in training": alike & (kind == 1),
+        "distractors not seen": alike & (kind == 2),
+    }, shown
 
 
 def read_synonyms(path: str, class_names: list) -> dict:
@@ -185,8 +198,10 @@ def read_synonyms(path: str, class_names: list) -> dict:
     for title, words in content.items():
         unknown = [name for name in words if name not in class_names]
         if unknown:
-            raise UserError(f"{path}: {unknown[0]!r} in the list {title!r} is not a class of this data set; its "
-                            f"classes are {', '.join(class_names)}.")
+            raise UserError(
+                f"{path}: {unknown[0]!r} in the list {title!r} is not a class of this data set; its "
+                f"classes are {', '.join(class_names)}."
+            )
     return {str(title): [str(words.get(name, name)) for name in class_names] for title, words in content.items()}
 
 
@@ -205,9 +220,14 @@ def enlarged(measurement, distractors, sizes, original) -> tuple:
 
 def _vocabulary_row(measurement, found, distractors):
     num_classes = len(measurement.class_names)
-    return {"words": num_classes + distractors, "mIoU": found.miou, "% given to other words": found.other_share,
-            "present classes kept": 100 * float(found.kept[:, :num_classes][measurement.present].mean()),
-            "kept words": float(found.kept.sum(1).mean()), "s per image": found.seconds}
+    return {
+        "words": num_classes + distractors,
+        "mIoU": found.miou,
+        "% given to other words": found.other_share,
+        "present classes kept": 100 * float(found.kept[:, :num_classes][measurement.present].mean()),
+        "kept words": float(found.kept.sum(1).mean()),
+        "s per image": found.seconds,
+    }
 
 
 def renamed(measurement, lists, original) -> tuple:
@@ -216,11 +236,20 @@ def renamed(measurement, lists, original) -> tuple:
     for title, words in lists.items():
         found = measurement.evaluate(words)
         changed = sum(word != name for word, name in zip(words, measurement.class_names))
-        rows.append({"names": title, "changed": changed, "mIoU": found.miou,
-                     "% of the original": 100 * found.miou / original.miou if original.miou else None,
-                     "chance": found.chance()})
-        details += [_word_row(measurement, found, original, k) | {"names": title, "word": word}
-                    for k, word in enumerate(words) if word != measurement.class_names[k]]
+        rows.append(
+            {
+                "names": title,
+                "changed": changed,
+                "mIoU": found.miou,
+                "% of the original": 100 * found.miou / original.miou if original.miou else None,
+                "chance": found.chance(),
+            }
+        )
+        details += [
+            _word_row(measurement, found, original, k) | {"names": title, "word": word}
+            for k, word in enumerate(words)
+            if word != measurement.class_names[k]
+        ]
         print(tabulate(rows[-1:], headers="keys", floatfmt=".2f"), flush=True)
     return rows, details
 
@@ -228,10 +257,15 @@ def renamed(measurement, lists, original) -> tuple:
 def _word_row(measurement, found, original, k):
     """Class k by another word: how near the word is, how relevant where the class is, and how well it does."""
     relevance = found.relevance[measurement.present[:, k], k]
-    return {"names": "", "class": measurement.class_names[k], "word": "",
-            "cosine": float(found.text[k] @ original.text[k]),
-            "relevance where present": float(relevance.mean()) if len(relevance) else None,
-            "IoU": found.iou[k], "IoU of the original": original.iou[k]}
+    return {
+        "names": "",
+        "class": measurement.class_names[k],
+        "word": "",
+        "cosine": float(found.text[k] @ original.text[k]),
+        "relevance where present": float(relevance.mean()) if len(relevance) else None,
+        "IoU": found.iou[k],
+        "IoU of the original": original.iou[k],
+    }
 
 
 def measure(measurement, seen, unseen, lists, sizes, threshold) -> dict:
@@ -242,27 +276,37 @@ def measure(measurement, seen, unseen, lists, sizes, threshold) -> dict:
     groups, shown = word_groups(measurement.present, len(seen), len(unseen))
     # Every class has the name of the next one: the network is to follow the names, so that nothing is right.
     other_words, details = renamed(measurement, lists | {"permuted": [*names[1:], names[0]]}, original)
-    return {f"Names that go on, of {len(names) + len(seen) + len(unseen)} (percent of image-word pairs)":
-            suppression(found, groups, shown, threshold),
-            "Number of words": vocabulary, "Other words for the classes": other_words, "Word by word": details}
+    return {
+        f"Names that go on, of {len(names) + len(seen) + len(unseen)} (percent of image-word pairs)": suppression(
+            found, groups, shown, threshold
+        ),
+        "Number of words": vocabulary,
+        "Other words for the classes": other_words,
+        "Word by word": details,
+    }
 
 
 def build(args) -> tuple:
     """Config, the measurement, and the words: (cfg, Measurement, seen, unseen, {title: names})."""
     cfg = trained.read_config(args.config_file, args.opts)
     if not cfg.MODEL.HSQG.ENABLED:
-        raise UserError("MODEL.HSQG.ENABLED is False: without it no name is kept or suppressed; choose a config with "
-                        "it, such as configs/camvid_23_hiervl.yaml.")
+        raise UserError(
+            "MODEL.HSQG.ENABLED is False: without it no name is kept or suppressed; choose a config with "
+            "it, such as configs/camvid_23_hiervl.yaml."
+        )
     protocol = str(InferenceProtocol(cfg))
     if protocol != "whole image":
-        raise UserError(f"TEST says: {protocol}; which names are kept is a question to whole images, one view of each: "
-                        "set TEST.MODE to whole, TEST.SCALES to (1.0,), TEST.FLIP to False, INPUT.TEST_SHORT_SIDE 0.")
+        raise UserError(
+            f"TEST says: {protocol}; which names are kept is a question to whole images, one view of each: "
+            "set TEST.MODE to whole, TEST.SCALES to (1.0,), TEST.FLIP to False, INPUT.TEST_SHORT_SIDE 0."
+        )
     trained.output_folder(args, cfg, "language.json")
     network = trained.load(cfg, args.model)
     seen = network.text.distractors()[0]
     taken = {word.casefold() for word in (*seen, *network.class_names)}
-    unseen = [word for word in read_lines(args.unseen, "--unseen") if word.casefold() not in taken] \
-        if args.unseen else []
+    unseen = (
+        [word for word in read_lines(args.unseen, "--unseen") if word.casefold() not in taken] if args.unseen else []
+    )
     lists = read_synonyms(args.synonyms, network.class_names) if args.synonyms else {}
     samples = list(trained.samples(cfg, args.images)[0])
     return cfg, Measurement(network, network.class_names, samples, seen, args.keep), seen, unseen, lists
@@ -271,8 +315,14 @@ def build(args) -> tuple:
 def run(args):
     cfg, measurement, seen, unseen, lists = build(args)
     tables = measure(measurement, seen, unseen, lists, args.words, cfg.MODEL.HSQG.MIN_RELEVANCE)
-    facts = {"images": len(measurement.samples), "KEEP": args.keep, "MIN_RELEVANCE": cfg.MODEL.HSQG.MIN_RELEVANCE,
-             "seen": seen, "unseen": unseen, "unchanged weights": measurement.num_weights}
+    facts = {
+        "images": len(measurement.samples),
+        "KEEP": args.keep,
+        "MIN_RELEVANCE": cfg.MODEL.HSQG.MIN_RELEVANCE,
+        "seen": seen,
+        "unseen": unseen,
+        "unchanged weights": measurement.num_weights,
+    }
     for title, rows in tables.items():
         print(f"\n{title}\n\n{tabulate(rows, headers='keys', floatfmt='.2f', missingval='-', tablefmt='github')}")
     sizes = ", ".join(str(row["words"]) for row in tables["Number of words"])
@@ -283,13 +333,24 @@ def run(args):
 def parse_args(argv=None):
     parser = trained.parser(__doc__)
     parser.add_argument("--images", type=int, default=0, help="evaluate so many images, evenly spaced; 0: all")
-    parser.add_argument("--keep", type=int, default=48, help="MODEL.HSQG.KEEP while measuring (%(default)s)")
-    parser.add_argument("--words", type=int, nargs="*", default=[30, 80],
-                        help="numbers of distractors to measure with, besides none and all (30 80)")
-    parser.add_argument("--unseen", default="datasets/distractors_camvid_unseen.txt",
-                        help="file with distractors that training did not show; empty: none (%(default)s)")
-    parser.add_argument("--synonyms", default="datasets/synonyms_camvid.yaml",
-                        help="YAML file with lists of other words for the classes; empty: none (%(default)s)")
+    parser.add_argument("--keep", type=int, default=48, help="MODEL.HSQG.TOP_K while measuring (%(default)s)")
+    parser.add_argument(
+        "--words",
+        type=int,
+        nargs="*",
+        default=[30, 80],
+        help="numbers of distractors to measure with, besides none and all (30 80)",
+    )
+    parser.add_argument(
+        "--unseen",
+        default="datasets/distractors_camvid_unseen.txt",
+        help="file with distractors that training did not show; empty: none (%(default)s)",
+    )
+    parser.add_argument(
+        "--synonyms",
+        default="datasets/synonyms_camvid.yaml",
+        help="YAML file with lists of other words for the classes; empty: none (%(default)s)",
+    )
     parser.add_argument("--output", default="output/language", help="folder for language.json (%(default)s)")
     return parser.parse_args(argv)
 

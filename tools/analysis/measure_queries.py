@@ -8,6 +8,7 @@ if a surer used query of its class has nearly the same mask (IoU of at least --o
 mask of a used query reaches an IoU of 0.5 with it: of the same class, or of any. Data sets without maps of instances
 have the regions of their classes for objects. Evaluates whole images of the first set of DATASETS.TEST.
 """
+
 import sys
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import torch
 from tabulate import tabulate
 from hiervl.data.images import read_label
 from hiervl.errors import exit_status
-from hiervl.modeling.inference import full_size, resized
+from hiervl.modeling.inference import upsample_to_image, resize_maps
 from tools.analysis import trained
 
 FOUND = 0.5  # IoU of a mask with the object that it finds
@@ -36,12 +37,15 @@ class Counts:
     ious: list = field(default_factory=list)
 
     def table(self) -> dict:
-        return {"instance queries": len(self.used_by), "used per image": self.used / max(self.images, 1),
-                "% of them never used": _percent((self.used_by == 0).sum(), len(self.used_by)),
-                "% of the used that are duplicates": _percent(self.duplicates, self.used),
-                "% of objects found, class right": _percent(self.found, self.objects),
-                "% of objects found, any class": _percent(self.found_any, self.objects),
-                "mean best IoU, %": 100 * float(np.mean(self.ious)) if self.ious else None}
+        return {
+            "instance queries": len(self.used_by),
+            "used per image": self.used / max(self.images, 1),
+            "% of them never used": _percent((self.used_by == 0).sum(), len(self.used_by)),
+            "% of the used that are duplicates": _percent(self.duplicates, self.used),
+            "% of objects found, class right": _percent(self.found, self.objects),
+            "% of objects found, any class": _percent(self.found_any, self.objects),
+            "mean best IoU, %": 100 * float(np.mean(self.ious)) if self.ious else None,
+        }
 
 
 def _percent(part, whole):
@@ -93,8 +97,10 @@ def true_objects(sample, num_classes: int, first_instance: int) -> tuple:
         numbers = read_label(sample["instances_file_name"]).astype(np.int64)[counts]
         label = np.where(numbers >= first_instance, label, num_classes)
     pairs = np.unique(np.stack((label, numbers)), axis=1).T
-    return (torch.from_numpy(counts),
-            [(int(k), torch.from_numpy((label == k) & (numbers == n))) for k, n in pairs if k < num_classes])
+    return (
+        torch.from_numpy(counts),
+        [(int(k), torch.from_numpy((label == k) & (numbers == n))) for k, n in pairs if k < num_classes],
+    )
 
 
 @torch.no_grad()
@@ -102,14 +108,14 @@ def measure(network, samples, first_instance: int, overlap: float) -> Counts:
     counts = Counts(np.zeros(network.decoder.num_queries, np.int64))
     for sample in samples:
         image = sample["image"][None].to(network.device, torch.float32)
-        output = network.look(image)
+        output = network.inference_forward(image)
         last = output.layers[-1]
-        masks = full_size(last.masks(output.mask_features), image.shape[2:])
-        masks = resized(masks, (sample["height"], sample["width"]))[0] > 0
+        masks = upsample_to_image(last.mask_logits(output.mask_features), image.shape[2:])
+        masks = resize_maps(masks, (sample["height"], sample["width"]))[0] > 0
         probability = last.class_logits[0].float().softmax(1)  # (N, K'+1)
         classes = probability[:, :-1].argmax(1)
-        if output.kept is not None:
-            classes = output.kept.index[0][classes]
+        if output.selected is not None:
+            classes = output.selected.index[0][classes]
         pixels, objects = true_objects(sample, network.num_classes, first_instance)
         count(counts, classes.cpu(), 1 - probability[:, -1].cpu(), masks.cpu()[:, pixels], objects, overlap)
     return counts

@@ -1,4 +1,5 @@
 """What the tools share that look at a trained network: options, the network, the images, the file of results."""
+
 import argparse
 import json
 import os
@@ -37,8 +38,10 @@ def load(cfg, model: str):
         UserError: no checkpoint is named.
     """
     if not cfg.MODEL.WEIGHTS:
-        raise UserError("MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
-                        "output/camvid_23_hiervl/model_final.pth.")
+        raise UserError(
+            "MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
+            "output/camvid_23_hiervl/model_final.pth."
+        )
     network = build_model(cfg).eval()
     load_network(network, cfg.MODEL.WEIGHTS, model)
     return network
@@ -79,8 +82,13 @@ def save(args, cfg, file_name: str, facts: dict):
     """Write facts, and of which network and images they are, into the folder --output. "images" among the facts is
     how many there were, if not all."""
     part = cfg.DATASETS.TEST[0]
-    facts = {"config": args.config_file, "weights": cfg.MODEL.WEIGHTS, "model": args.model, "data set": part,
-             "images": len(dataset_index(part, cfg.DATASETS.SPLIT_ROOT))} | facts
+    facts = {
+        "config": args.config_file,
+        "weights": cfg.MODEL.WEIGHTS,
+        "model": args.model,
+        "data set": part,
+        "images": len(dataset_index(part, cfg.DATASETS.SPLIT_ROOT)),
+    } | facts
     path = os.path.join(args.output, file_name)
     output_folder(args, cfg, file_name).add([path])
     with atomic_write(path, "w") as file:

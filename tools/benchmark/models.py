@@ -94,7 +94,7 @@ def full_size_masks(decoder: torch.nn.Module) -> Iterator[None]:
         inside = F.interpolate(masks, size=size, mode="bilinear", align_corners=False).flatten(2) >= 0
         return inside | ~inside.any(dim=2, keepdim=True)
 
-    with mock.patch.multiple(decoder, _tokens=tokens, _visible=visible):
+    with mock.patch.multiple(decoder, _tokens=tokens, _attention_mask=visible):
         yield
 
 
@@ -121,7 +121,7 @@ class Bench:
         self.images = torch.stack([x["image"] for x in self.inputs]).float()
 
     def step(self) -> None:
-        """A training step on labelled images: losses, gradients, clipping, AdamW."""
+        """A training step on labeled images: losses, gradients, clipping, AdamW."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sum(self.model(self.inputs).values()).backward()
@@ -154,9 +154,9 @@ class Bench:
         """Class scores of the first image, of query masks at the image's size: (K, H, W)."""
         model = self.model.eval()
         with reference_path():
-            output = model.look(self.images[:1])
+            output = model.inference_forward(self.images[:1])
             last = output.layers[-1]
-            masks = F.interpolate(last.masks(output.mask_features), scale_factor=4, mode="bilinear")
+            masks = F.interpolate(last.mask_logits(output.mask_features), scale_factor=4, mode="bilinear")
         height, width = self.images.shape[-2:]
         masks = masks[0, :, :height, :width].sigmoid()  # (N, H, W)
         return torch.einsum("nk,nhw->khw", last.class_logits[0].softmax(-1)[:, :-1], masks)
@@ -178,7 +178,7 @@ def text_file(names: list[str]) -> Iterator[str]:
 
 
 def make_inputs(batch: int, size: int, classes: int) -> list[dict]:
-    """Labelled images of noise; label maps of 16 tiles, of at most 16 classes."""
+    """Labeled images of noise; label maps of 16 tiles, of at most 16 classes."""
     random = torch.Generator().manual_seed(0)
     inputs, tile = [], -(-size // 4)
     for _ in range(batch):
@@ -223,4 +223,3 @@ def peak_memory(network: str, call: str) -> dict[str, float]:
     for _ in range(2):
         run()
     return {"before": before, "peak": common.resident("VmHWM")}
-

@@ -25,13 +25,13 @@ def make_inputs(batch: int, size: int, dtype: torch.dtype = torch.float32) -> di
     random = torch.Generator().manual_seed(0)
     shapes = [(math.ceil(size / stride),) * 2 for stride in STRIDES]
     grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
-    centres = torch.cat(grids).flip(1)  # (S, 2) as (x, y)
-    rows = len(centres)
+    centers = torch.cat(grids).flip(1)  # (S, 2) as (x, y)
+    rows = len(centers)
     angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
     offsets = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None] * (1 + torch.arange(POINTS))[:, None]
     # Where training starts (1 to 4 pixels in the head's direction), and some spread: (1, Q, H, L, P, 2)
     offsets = offsets + torch.randn(batch, rows, HEADS, len(shapes), POINTS, 2, generator=random)
-    locations = centres[None, :, None, None, None] + offsets / torch.tensor([[w, h] for h, w in shapes])[:, None]
+    locations = centers[None, :, None, None, None] + offsets / torch.tensor([[w, h] for h, w in shapes])[:, None]
     weights = torch.randn(batch, rows, HEADS, len(shapes) * POINTS, generator=random).softmax(-1)
     value = torch.randn(batch, rows, HEADS, WIDTH // HEADS, generator=random).to(dtype)
     return {

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_annotations(root: Path, images: int) -> None:
-    """Photos of one grey and outlines of random objects, in COCO's layout; one image to validate on."""
+    """Photos of one gray and outlines of random objects, in COCO's layout; one image to validate on."""
     random = np.random.default_rng(0)
     categories = [{"id": i, "name": name} for i, name in enumerate(table_of("coco_train").classes[1:], 1)]
     for part, ids in (("train2017", range(images)), ("val2017", range(images, images + 1))):
@@ -48,8 +48,14 @@ def _object(random, image, number, categories):
     x = np.clip(random.uniform(0, WIDTH) + radius * np.cos(bearings), 0, WIDTH)
     y = np.clip(random.uniform(0, HEIGHT) + radius * np.sin(bearings), 0, HEIGHT)
     outline = np.stack((x, y), axis=1).round(2).ravel().tolist()
-    return {"id": number + 1, "image_id": image, "category_id": int(random.integers(1, categories + 1)), "iscrowd": 0,
-            "area": float(np.pi * np.mean(radius) ** 2), "segmentation": [outline]}
+    return {
+        "id": number + 1,
+        "image_id": image,
+        "category_id": int(random.integers(1, categories + 1)),
+        "iscrowd": 0,
+        "area": float(np.pi * np.mean(radius) ** 2),
+        "segmentation": [outline],
+    }
 
 
 def prepare(root: Path, workers: int) -> dict:

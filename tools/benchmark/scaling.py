@@ -43,7 +43,7 @@ def measure(changes: dict, facts: dict, rounds: int) -> dict:
 
 def with_kept_classes(rounds: int) -> list[dict]:
     """HierVL's inference for more and more names, of which KEEP go on to the decoder."""
-    overrides = ("MODEL.HSQG.KEEP", KEEP, "MODEL.HSQG.MIN_RELEVANCE", 0.0)
+    overrides = ("MODEL.HSQG.TOP_K", KEEP, "MODEL.HSQG.MIN_RELEVANCE", 0.0)
     benches = {names: Bench("HierVL-R50", classes=names, overrides=overrides) for names in NAMES}
     decoder: dict[int, list[float]] = {names: [] for names in NAMES}
 

@@ -50,9 +50,7 @@ def where_time_goes(benches: dict[str, Bench], rounds: int) -> list[dict]:
                 totals.setdefault(part, []).append(seconds)
         medians = {part: common.median_ms(seconds) for part, seconds in totals.items()}
         whole = sum(medians.values())
-        rows += [
-            {"network": name, "part": part, "ms": ms, "share %": 100 * ms / whole} for part, ms in medians.items()
-        ]
+        rows += [{"network": name, "part": part, "ms": ms, "share %": 100 * ms / whole} for part, ms in medians.items()]
     return rows
 
 

@@ -7,6 +7,7 @@ Returns at once when everything is up to date. Can be interrupted and started ag
 standard library alone. Detectron2 comes by default as the Python files of a wheel whose hash is checked; "git"
 builds the official source instead (needs git and a C++ compiler, and takes minutes). The choice is remembered.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -57,8 +58,11 @@ class InstallError(Exception):
 
 def main() -> int:
     if sys.version_info < (3, 10):
-        print("error: HierVL needs Python 3.10 or newer, this is %d.%d; choose another with `make PYTHON=python3.11`"
-              % sys.version_info[:2], file=sys.stderr)
+        print(
+            "error: HierVL needs Python 3.10 or newer, this is %d.%d; choose another with `make PYTHON=python3.11`"
+            % sys.version_info[:2],
+            file=sys.stderr,
+        )
         return 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detectron2", choices=["wheel", "git"], help="where Detectron2 comes from (last: remembered)")
@@ -102,8 +106,14 @@ def install(detectron2: "str | None", build_ops: bool) -> None:
 def fingerprint(detectron2: str) -> str:
     """Changes whenever the packages have to be installed again."""
     digest = hashlib.sha256()
-    for part in (REQUIREMENTS.read_bytes(), PROJECT.read_bytes(), Path(__file__).read_bytes(), detectron2.encode(),
-                 "{}.{}".format(*sys.version_info).encode(), str(VENV).encode()):
+    for part in (
+        REQUIREMENTS.read_bytes(),
+        PROJECT.read_bytes(),
+        Path(__file__).read_bytes(),
+        detectron2.encode(),
+        "{}.{}".format(*sys.version_info).encode(),
+        str(VENV).encode(),
+    ):
         digest.update(part + b"\0")
     return digest.hexdigest()
 
@@ -150,9 +160,11 @@ def make_venv() -> None:
     base = getattr(sys, "_base_executable", None) or sys.executable
     made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if made.returncode:
-        raise InstallError(f"no virtual environment could be made with {base}:\n{made.stdout}{made.stderr}"
-                           "On Debian and Ubuntu, install python3-venv; elsewhere, choose another Python with "
-                           "`make PYTHON=...`.")
+        raise InstallError(
+            f"no virtual environment could be made with {base}:\n{made.stdout}{made.stderr}"
+            "On Debian and Ubuntu, install python3-venv; elsewhere, choose another Python with "
+            "`make PYTHON=...`."
+        )
 
 
 def site_packages() -> Path:
@@ -179,14 +191,16 @@ def install_wheel() -> None:
         (wheel,) = Path(folder).glob("*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise InstallError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: the package index serves "
-                               "another file. Use the official source: `make install DETECTRON2=git`.")
+            raise InstallError(
+                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: the package index serves "
+                "another file. Use the official source: `make install DETECTRON2=git`."
+            )
         with zipfile.ZipFile(wheel) as archive:
             # Left out: a top-level package called "tools", and a library compiled for one old torch.
             names = [n for n in archive.namelist() if n.startswith("detectron2/") and not n.endswith(".so")]
             archive.extractall(folder, names)
-            (licence,) = (n for n in archive.namelist() if n.endswith(".dist-info/LICENSE"))
-            (Path(folder) / "detectron2" / "LICENSE").write_bytes(archive.read(licence))
+            (license,) = (n for n in archive.namelist() if n.endswith(".dist-info/LICENSE"))
+            (Path(folder) / "detectron2" / "LICENSE").write_bytes(archive.read(license))
         shutil.rmtree(site / "detectron2", ignore_errors=True)
         os.replace(Path(folder) / "detectron2", site / "detectron2")
 
@@ -196,8 +210,10 @@ def install_source() -> None:
     if not shutil.which("git"):
         raise InstallError("git is not installed; install it, or use `make install DETECTRON2=wheel`")
     with tempfile.TemporaryDirectory(dir=VENV) as folder:
-        pip("building detectron2 from source (minutes)",
-            ["wheel", "--no-build-isolation", "--no-deps", "-w", folder, f"detectron2 @ {SOURCE}"])
+        pip(
+            "building detectron2 from source (minutes)",
+            ["wheel", "--no-build-isolation", "--no-deps", "-w", folder, f"detectron2 @ {SOURCE}"],
+        )
         (wheel,) = Path(folder).glob("*.whl")
         shutil.rmtree(site_packages() / "detectron2", ignore_errors=True)
         pip("detectron2", ["install", "--no-deps", "--force-reinstall", str(wheel)])
@@ -208,8 +224,10 @@ def probe() -> None:
     print("[install] checking the imports", flush=True)
     done = subprocess.run([PYTHON, "-W", "ignore", "-c", PROBE], capture_output=True, text=True, cwd=VENV)
     if done.returncode:
-        raise InstallError(f"the packages are installed but do not work together:\n{done.stderr.strip()}\n"
-                           "Delete .venv and run again; if it stays, choose other versions in requirements.txt.")
+        raise InstallError(
+            f"the packages are installed but do not work together:\n{done.stderr.strip()}\n"
+            "Delete .venv and run again; if it stays, choose other versions in requirements.txt."
+        )
     print(f"[install] {done.stdout.strip()}", flush=True)
 
 
@@ -228,8 +246,11 @@ def update_ops(stamp: dict, force: bool) -> None:
     command = [PYTHON, "-W", "ignore", "-m", "hiervl.ops.build", *(["--force"] if force else [])]
     built = subprocess.run(command, cwd=ROOT).returncode == 0
     if not built:
-        print("[install] hiervl.ops was not built: everything works, more slowly. With a C++ compiler installed, "
-              "`make ops` tries again.", flush=True)
+        print(
+            "[install] hiervl.ops was not built: everything works, more slowly. With a C++ compiler installed, "
+            "`make ops` tries again.",
+            flush=True,
+        )
     write_stamp({**stamp, "ops": digest.hexdigest(), "ops_built": built})
 
 
@@ -309,8 +330,11 @@ class Display:
             self.printed = now
             text = f"[install]   {now - self.started:4.0f} s  {self.state}{self.share}"
             columns = shutil.get_terminal_size().columns
-            print(f"\r{text[:columns - 1]:<{columns - 1}}" if self.live else text, end="" if self.live else "\n",
-                  flush=True)
+            print(
+                f"\r{text[: columns - 1]:<{columns - 1}}" if self.live else text,
+                end="" if self.live else "\n",
+                flush=True,
+            )
 
     def clear(self) -> None:
         if self.live:

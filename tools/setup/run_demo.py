@@ -1,8 +1,9 @@
-"""`make demo`: what unlabelled images are worth, in minutes and without a download.
+"""`make demo`: what unlabeled images are worth, in minutes and without a download.
 
-Generates the data set `shapes`, trains the same network twice at equal student iterations (labelled images only;
-labelled and unlabelled), compares both on held-out images, and draws overlays. Writes output/demo/result.json.
+Generates the data set `shapes`, trains the same network twice at equal student iterations (labeled images only;
+labeled and unlabeled), compares both on held-out images, and draws overlays. Writes output/demo/result.json.
 """
+
 import argparse
 import contextlib
 import json
@@ -27,7 +28,7 @@ from tools.demo import Segmenter, targets, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
-RUNS = {"labelled only": "configs/shapes_supervised.yaml", "semi-supervised": "configs/shapes.yaml"}
+RUNS = {"labeled only": "configs/shapes_supervised.yaml", "semi-supervised": "configs/shapes.yaml"}
 
 
 class Run:
@@ -40,8 +41,17 @@ class Run:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output, old))
         self.log = open(os.path.join(output, "console.log"), "w")
-        command = [sys.executable, "-W", "ignore", str(ROOT / "train_net.py"), "--config-file", config,
-                   "OUTPUT_DIR", output, *overrides]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(ROOT / "train_net.py"),
+            "--config-file",
+            config,
+            "OUTPUT_DIR",
+            output,
+            *overrides,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         self.start, self.seconds = time.time(), None
@@ -89,15 +99,21 @@ def report(runs, output):
     rows, result = [], {}
     for run in runs:
         iteration, models = run.last_result()
-        result[run.title] = {"command": f"python train_net.py --config-file {run.config} SOLVER.MAX_ITER {iteration}",
-                             "iterations": iteration, "seconds": round(run.seconds, 1),
-                             **{name: {k: round(m[k], 2) for k in ("mIoU", "pACC", "ECE")}
-                                for name, m in models.items()}}
+        result[run.title] = {
+            "command": f"python train_net.py --config-file {run.config} SOLVER.MAX_ITER {iteration}",
+            "iterations": iteration,
+            "seconds": round(run.seconds, 1),
+            **{name: {k: round(m[k], 2) for k in ("mIoU", "pACC", "ECE")} for name, m in models.items()},
+        }
         rows.append([run.title, iteration, round(run.seconds), models["student"]["mIoU"], models["teacher"]["mIoU"]])
     result["gain"] = round(rows[1][4] - rows[0][4], 2)
-    print("\n" + tabulate(rows, ["held-out images", "student iterations", "seconds", "mIoU student", "mIoU teacher"],
-                          floatfmt=".1f"))
-    print(f"\nUnlabelled images bring {result['gain']:+.1f} points of mIoU (teacher, last checkpoint).")
+    print(
+        "\n"
+        + tabulate(
+            rows, ["held-out images", "student iterations", "seconds", "mIoU student", "mIoU teacher"], floatfmt=".1f"
+        )
+    )
+    print(f"\nUnlabeled images bring {result['gain']:+.1f} points of mIoU (teacher, last checkpoint).")
     with atomic_write(os.path.join(output, "result.json"), "w") as file:
         json.dump(result, file, indent=1)
     return result
@@ -153,8 +169,16 @@ def run(args):
     print(f"Images: {root}")
     shapes.generate(root)
     threads = max(1, (os.cpu_count() or 2) // 2)
-    runs = [Run(title, config, os.path.join(args.output, _folder(config)), threads,
-                ["SOLVER.MAX_ITER", str(args.iterations)]) for title, config in RUNS.items()]
+    runs = [
+        Run(
+            title,
+            config,
+            os.path.join(args.output, _folder(config)),
+            threads,
+            ["SOLVER.MAX_ITER", str(args.iterations)],
+        )
+        for title, config in RUNS.items()
+    ]
     try:
         follow(runs, args.iterations, started)
     finally:
@@ -166,12 +190,30 @@ def run(args):
     picture(runs, root, images, os.path.join(args.output, "comparison.png"))
     overlays = os.path.join(args.output, "overlays")
     OutputFolder(overlays, "--output").add(path for pair in targets(images, overlays).values() for path in pair)
-    subprocess.run([sys.executable, "-W", "ignore", "tools/demo.py", "--config-file", runs[1].config,
-                    "--input", *images, "--output", overlays, "--opts", "MODEL.WEIGHTS", weights], check=True)
-    print(f"All in {time.time() - started:.0f} s. Result: {args.output}/result.json; pictures: {overlays} and\n"
-          f"{args.output}/comparison.png (from the top: image, truth, {', '.join(run.title for run in runs)})\n"
-          f"Go on: python train_net.py --config-file {runs[1].config} --resume OUTPUT_DIR {runs[1].output} "
-          f"SOLVER.MAX_ITER {4 * args.iterations}")
+    subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "tools/demo.py",
+            "--config-file",
+            runs[1].config,
+            "--input",
+            *images,
+            "--output",
+            overlays,
+            "--opts",
+            "MODEL.WEIGHTS",
+            weights,
+        ],
+        check=True,
+    )
+    print(
+        f"All in {time.time() - started:.0f} s. Result: {args.output}/result.json; pictures: {overlays} and\n"
+        f"{args.output}/comparison.png (from the top: image, truth, {', '.join(run.title for run in runs)})\n"
+        f"Go on: python train_net.py --config-file {runs[1].config} --resume OUTPUT_DIR {runs[1].output} "
+        f"SOLVER.MAX_ITER {4 * args.iterations}"
+    )
 
 
 def main(argv=None) -> int:

@@ -169,7 +169,7 @@ def top_level_items(path: str, keys: Sequence[str]) -> Iterator[tuple[str, int, 
 
 
 class _Window:
-    """The part of a file that is being parsed. Latin-1 has one character per byte, so that places are offsets."""
+    """The part of a file that is being parsed. Latin-1 has one character per byte, so that point_coords are offsets."""
 
     _decoder = json.JSONDecoder()
 

@@ -45,7 +45,7 @@ def remove_partial(path: str) -> None:
 
 
 def write_label(path: str, label: np.ndarray, palette: bytes | None = None) -> None:
-    """Writes (H, W) ids as PNG: uint8 with the colours of ``palette``, uint16 (instance maps) in grey."""
+    """Writes (H, W) ids as PNG: uint8 with the colors of ``palette``, uint16 (instance maps) in gray."""
     image = Image.fromarray(label)
     if palette is not None:
         image = image.convert("P") if image.mode != "L" else _indexed(label)
@@ -93,5 +93,5 @@ def read_lines(path: str) -> list[str]:
 
 
 def _indexed(label: np.ndarray) -> Image.Image:
-    """An indexed image whose indices are ``label`` itself (convert("P") would quantise)."""
+    """An indexed image whose indices are ``label`` itself (convert("P") would quantize)."""
     return Image.frombytes("P", (label.shape[1], label.shape[0]), np.ascontiguousarray(label).tobytes())

@@ -1,4 +1,4 @@
-"""A folder of one's own: images, masks in one of three forms or a COCO json, class names, unlabelled images."""
+"""A folder of one's own: images, masks in one of three forms or a COCO json, class names, unlabeled images."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ _HEADER = "# Made by datasets/prepare_folder.py.\n"
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Labelled images to train on, then unlabelled ones; images to validate on, given or drawn by seed."""
+    """Labeled images to train on, then unlabeled ones; images to validate on, given or drawn by seed."""
     classes, palette = read_classes(args.classes), read_palette(args.palette) if args.palette else None
     if (TABLES / f"{args.name}.yaml").exists():
         raise UserError(f"--name {args.name} is the name of a data set that HierVL knows; choose another")
@@ -37,19 +37,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
         background = classes.index("background") if "background" in classes else _IGNORED
         make = CocoMasks(coco, classes, _IGNORED, background)
     else:
-        make = ColourMasks(palette, classes) if palette else read_indexed
-    labelled, more, problems = _pair(args.images, args.masks, args, root, coco[:1], 0)
+        make = ColorMasks(palette, classes) if palette else read_indexed
+    labeled, more, problems = _pair(args.images, args.masks, args, root, coco[:1], 0)
     val, without, val_problems = _pair(args.val_images, args.val_masks, args, root, coco[1:], 1)
     problems += [*val_problems, *(f"{job.image} has no mask, so it cannot be evaluated on" for job in without)]
     if not args.val_images:
-        labelled, val = _draw_val(labelled, args.val_share, args.seed)
+        labeled, val = _draw_val(labeled, args.val_share, args.seed)
     if args.unlabeled:
-        taken = {os.path.realpath(job.image) for job in [*labelled, *val, *more]}
+        taken = {os.path.realpath(job.image) for job in [*labeled, *val, *more]}
         more += [Job(path) for path in _images(args.unlabeled) if os.path.realpath(path) not in taken]
-    problems += _twice([*labelled, *more], val)
+    problems += _twice([*labeled, *more], val)
     table = _table(args.name, root, classes, palette, bool(coco))
     return Plan(
-        table, root, {f"{args.name}_train": labelled + more, f"{args.name}_val": val}, make, tuple(problems),
+        table, root, {f"{args.name}_train": labeled + more, f"{args.name}_val": val}, make, tuple(problems),
         sources=tuple(filter(None, (args.classes, args.palette, args.coco, args.val_coco))),
         made=tuple(f"{root}/{name}" for name in (OWN_TABLE, f"{_SPLIT}/labeled.txt", f"{_SPLIT}/unlabeled.txt")),
         elsewhere="--root or --name", keep=False, in_place=make is read_indexed, ours=_has_our_table(root),
@@ -81,7 +81,7 @@ def read_palette(path: str) -> dict[tuple[int, int, int], str]:
     """{(R, G, B): class name, or "ignore"} from lines "R G B name".
 
     Raises:
-        UserError: a line of another form, a colour twice.
+        UserError: a line of another form, a color twice.
     """
     palette = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -90,7 +90,7 @@ def read_palette(path: str) -> dict[tuple[int, int, int], str]:
             raise UserError(f"{path}, line {number}: expected 'R G B class name', found '{line}'")
         color = tuple(map(int, words[:3]))
         if color in palette:
-            raise UserError(f"{path}, line {number}: the colour {color} stands there twice; remove one of the two")
+            raise UserError(f"{path}, line {number}: the color {color} stands there twice; remove one of the two")
         palette[color] = words[3].strip()
     return palette
 
@@ -103,8 +103,8 @@ def read_indexed(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
     return label, None
 
 
-class ColourMasks:
-    """Maker: a PNG whose colours stand for classes.
+class ColorMasks:
+    """Maker: a PNG whose colors stand for classes.
 
     Args:
         palette: {(R, G, B): class name or "ignore"}.
@@ -126,17 +126,17 @@ class ColourMasks:
         unknown = self._codes[place] != codes
         if unknown.any():
             color = tuple(int(c) for c in colors[unknown][0])
-            raise UserError(f"mask {job.source} has the colour {color} ({int(unknown.sum())} pixels are of no colour "
+            raise UserError(f"mask {job.source} has the color {color} ({int(unknown.sum())} pixels are of no color "
                             "of the palette); add it to the palette (masks saved as JPEG cannot be used)")
         return self._ids[place].astype(np.uint8), None
 
 
 def _read_colors(path: str) -> np.ndarray:
-    """uint8 (H, W, 3) of a colour-coded mask; an indexed one through its palette."""
+    """uint8 (H, W, 3) of a color-coded mask; an indexed one through its palette."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "P"):
-                raise UserError(f"mask {path} is not a colour image (mode {image.mode}); save it as RGB without alpha")
+                raise UserError(f"mask {path} is not a color image (mode {image.mode}); save it as RGB without alpha")
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -156,18 +156,18 @@ def _pair(images: str | None, masks: str | None, args: argparse.Namespace, root:
     else:
         need_folder(masks, f"{'--val-masks' if number else '--masks'} names the folder of the masks")
         sources = {name: (path, None) for name in found if (path := _mask_of(name, masks, args.mask_suffix))}
-    labelled, unlabelled = [], []
+    labeled, unlabeled = [], []
     for name, path in found.items():
         if name not in sources:
-            unlabelled.append(Job(path))
+            unlabeled.append(Job(path))
             continue
         source, key = sources[name]
         mask = os.path.join(root, "masks", part, os.path.splitext(name)[0] + ".png")
         job = Job(path, mask, source, key)
-        labelled.append(replace(job, instances=_instances(job.mask)) if coco else job)
+        labeled.append(replace(job, instances=_instances(job.mask)) if coco else job)
     problems = [f"{os.path.join(images, name)} does not exist, though {coco[0].path} names it"
                 for name in sources.keys() - found.keys()] if coco else _orphans(masks, sources)
-    return labelled, unlabelled, sorted(problems)
+    return labeled, unlabeled, sorted(problems)
 
 
 def _mask_of(name: str, masks: str, suffix: str) -> str:
@@ -192,14 +192,14 @@ def _images(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _draw_val(labelled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
-    if len(labelled) < 2:
-        raise UserError(f"{len(labelled)} images have a mask; at least 2 are needed, one to train and one to validate "
+def _draw_val(labeled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
+    if len(labeled) < 2:
+        raise UserError(f"{len(labeled)} images have a mask; at least 2 are needed, one to train and one to validate "
                         "on")
-    count = min(max(1, round(share * len(labelled))), len(labelled) - 1)
-    val = set(random.Random(seed).sample(range(len(labelled)), count))
-    return ([job for i, job in enumerate(labelled) if i not in val],
-            [job for i, job in enumerate(labelled) if i in val])
+    count = min(max(1, round(share * len(labeled))), len(labeled) - 1)
+    val = set(random.Random(seed).sample(range(len(labeled)), count))
+    return ([job for i, job in enumerate(labeled) if i not in val],
+            [job for i, job in enumerate(labeled) if i in val])
 
 
 def _twice(train: list[Job], val: list[Job]) -> list[str]:
@@ -209,7 +209,7 @@ def _twice(train: list[Job], val: list[Job]) -> list[str]:
 
 
 def _table(name: str, root: str, classes: list[str], palette: dict | None, instances: bool) -> DatasetTable:
-    first = {}  # a class's colour is the first that the palette has for it
+    first = {}  # a class's color is the first that the palette has for it
     for color, owner in (palette or {}).items():
         first.setdefault(owner, color)
     return DatasetTable(
@@ -230,7 +230,7 @@ def _instances(mask: str) -> str:
 
 
 def _bit_color(i: int) -> tuple[int, int, int]:
-    """Colour i of Pascal VOC's rule: bits 0, 3, 6 of i are the highest of red, 1, 4, 7 of green, 2, 5 of blue."""
+    """Color i of Pascal VOC's rule: bits 0, 3, 6 of i are the highest of red, 1, 4, 7 of green, 2, 5 of blue."""
     return tuple(sum((i >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3))
 
 
@@ -256,12 +256,12 @@ def _write_table(plan: Plan) -> None:
 
 
 def _write_split(plan: Plan) -> str:
-    """Everything with a mask is labelled, the rest is not. Returns how to train with it."""
+    """Everything with a mask is labeled, the rest is not. Returns how to train with it."""
     pairs = list(PackedIndex.from_list_file(os.path.join(plan.root, "train.txt"), plan.root).all_names())
     folder = os.path.join(plan.root, _SPLIT)
     counts = {}
-    for kind, labelled in (("labeled", True), ("unlabeled", False)):
-        lines, path = [list_line(*pair) for pair in pairs if bool(pair[1]) == labelled], f"{folder}/{kind}.txt"
+    for kind, labeled in (("labeled", True), ("unlabeled", False)):
+        lines, path = [list_line(*pair) for pair in pairs if bool(pair[1]) == labeled], f"{folder}/{kind}.txt"
         counts[kind] = len(lines)
         if lines:
             write_lines(path, lines)
@@ -269,6 +269,6 @@ def _write_split(plan: Plan) -> str:
             os.remove(path)
     name, parent = plan.table.name, os.path.dirname(os.path.abspath(plan.root))
     where = "" if os.path.realpath(parent) == os.path.realpath(data_root()) else f"DETECTRON2_DATASETS={parent} and "
-    return (f"{counts['labeled']} labelled and {counts['unlabeled']} unlabelled images; to train on them:\n"
+    return (f"{counts['labeled']} labeled and {counts['unlabeled']} unlabeled images; to train on them:\n"
             f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
             f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}")

@@ -18,7 +18,7 @@ class Job:
 
     Attributes:
         image: its path.
-        mask: the path of the mask to make; "" for an unlabelled image, which is only looked at.
+        mask: the path of the mask to make; "" for an unlabeled image, which is only looked at.
         source: the file that the mask is made from; a mask older than it is made again. "": made from what never
             changes.
         key: what else the maker has to know.
@@ -53,7 +53,7 @@ class MaskTask:
     Attributes:
         make: of this data set.
         num_classes, ignore_label: which ids are right.
-        palette: colours of the PNGs.
+        palette: colors of the PNGs.
         check: make nothing; what is missing or wrong is a problem.
     """
 

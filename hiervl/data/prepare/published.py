@@ -1,13 +1,13 @@
-"""The labelled/unlabelled lists of the benchmarks: fetched or made by rule, and checked.
+"""The labeled/unlabeled lists of the benchmarks: fetched or made by rule, and checked.
 
 The published lists are not ours to commit; their SHA-256 stand in ``splits.sha256`` (the format of sha256sum, so
 that ``sha256sum -c`` reads it too). What follows from a rule is made here:
 
-- ``ade20k``: the sorted names, shuffled with ``random.Random(0)``; the first round(20210 / ratio) are labelled.
+- ``ade20k``: the sorted names, shuffled with ``random.Random(0)``; the first round(20210 / ratio) are labeled.
 - ``camvid``, ``camvid_cross``: the sorted lines of CamVid's train.txt, shuffled with ``random.Random(seed)``; the
-  first n are labelled, and both lists are sorted. ``camvid_cross`` first takes out the drive 0006R0, its val list.
-- ``voc/train_aug.txt``: labelled and unlabelled images together, sorted.
-- ``coco/*/unlabeled.txt``: train2017 without the labelled images, where the data set's train.txt is there.
+  first n are labeled, and both lists are sorted. ``camvid_cross`` first takes out the drive 0006R0, its val list.
+- ``voc/train_aug.txt``: labeled and unlabeled images together, sorted.
+- ``coco/*/unlabeled.txt``: train2017 without the labeled images, where the data set's train.txt is there.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def obtain(out: str, groups: list[str], source: str | None) -> list[str]:
     """Writes the lists of ``groups`` that are missing under ``out`` or differ, from ``source`` or the network.
 
     Returns:
-        the files written. What cannot be made for want of the data set (CamVid, COCO's unlabelled lists) is left
+        the files written. What cannot be made for want of the data set (CamVid, COCO's unlabeled lists) is left
         to :func:`check` to report.
 
     Raises:
@@ -83,7 +83,7 @@ def check(folder: str, groups: list[str]) -> list[str]:
     """Looks at every list of ``groups`` under ``folder``; one line per thing that is wrong.
 
     Each has to be the published one (SHA-256; lists of a CamVid with other file names: the rule), and in each
-    split labelled and unlabelled have to be apart, together the train list, and nothing of it in val.
+    split labeled and unlabeled have to be apart, together the train list, and nothing of it in val.
     """
     problems = []
     for path, digest in known_hashes().items():
@@ -111,7 +111,7 @@ def rule_made(path: str, train_lines: list[str] | None = None) -> bytes | None:
 
 
 def shuffled(lines: list[str], seed: int) -> list[str]:
-    """The sorted lines in the order in which they become labelled."""
+    """The sorted lines in the order in which they become labeled."""
     lines = sorted(lines)
     random.Random(seed).shuffle(lines)
     return lines
@@ -195,7 +195,7 @@ def _coco_unlabeled(out: str, groups: list[str]) -> dict[str, list[str]]:
 
 
 def _check_group(folder: str, group: str) -> list[str]:
-    """Labelled and unlabelled of every split apart, together the train list, and apart from val."""
+    """Labeled and unlabeled of every split apart, together the train list, and apart from val."""
     pool, known = _pool(folder, group)
     val_file = os.path.join(folder, group, "val.txt")
     val = set(_images(read_lines(val_file))) if os.path.exists(val_file) else set()
@@ -213,14 +213,14 @@ def _check_split(labeled: list[str], unlabeled: list[str] | None, val: set, pool
     both = labeled + (unlabeled or [])
     if len(set(both)) != len(both):
         twice = next(name for name in both if both.count(name) > 1)
-        yield f"'{twice}' is listed twice, or is labelled and unlabelled; remove one of the two lines"
+        yield f"'{twice}' is listed twice, or is labeled and unlabeled; remove one of the two lines"
     if val.intersection(both):
         yield f"'{sorted(val.intersection(both))[0]}' is also in val.txt; remove it from the split"
     if pool is not None and not pool.issuperset(both):
         yield f"'{sorted(set(both) - pool)[0]}' is not in the train list; remove it"
     wanted = len(pool) if pool is not None else known
     if unlabeled is not None and wanted is not None and len(set(both)) != wanted:
-        yield f"{len(set(both))} images are labelled or unlabelled, the train list has {wanted}"
+        yield f"{len(set(both))} images are labeled or unlabeled, the train list has {wanted}"
 
 
 def _pool(folder: str, group: str) -> tuple[set | None, int | None]:

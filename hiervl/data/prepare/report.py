@@ -55,9 +55,9 @@ class PartReport:
 def describe(table: DatasetTable, parts: Sequence[PartReport]) -> str:
     """The final report as text; problems are left out, they go to the error stream."""
     lines = [part.headline() for part in parts]
-    labelled = [part for part in parts if part.counts.any()]
-    if labelled:
-        lines += ["", _pixels(table, labelled), *_unseen(table, labelled)]
+    labeled = [part for part in parts if part.counts.any()]
+    if labeled:
+        lines += ["", _pixels(table, labeled), *_unseen(table, labeled)]
     notes = [note for part in parts for note in part.notes]
     lines += [f"note: {note}" for note in notes[:_SHOWN]]
     if len(notes) > _SHOWN:

@@ -3,6 +3,7 @@
 Detectron2's ResNets come from detectron2 itself (`build_resnet_backbone`); the others register themselves in
 its BACKBONE_REGISTRY, so that MODEL.BACKBONE.NAME chooses between all of them.
 """
+
 from .build import build_backbone
 from .clip_model import CLIPBackbone
 from .mobilenet import MobileNetV2

@@ -1,4 +1,5 @@
 """Build the backbone that the config names, load its ImageNet weights, freeze what is to be frozen."""
+
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 

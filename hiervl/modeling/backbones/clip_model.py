@@ -1,9 +1,10 @@
 """CLIP's image towers as backbones, through open_clip: ViTs with a simple feature pyramid, ResNets and ConvNeXts as
 they are. Besides res2..res5 they give dense embeddings in the text space (`dense_text_features`).
 
-CLIP was trained with other colours than ImageNet's networks: MODEL.PIXEL_MEAN [122.771, 116.746, 104.094],
+CLIP was trained with other colors than ImageNet's networks: MODEL.PIXEL_MEAN [122.771, 116.746, 104.094],
 MODEL.PIXEL_STD [68.501, 66.632, 70.323]. Sizes that are no multiple of the patch: see feature_pyramid.py.
 """
+
 import logging
 
 from detectron2.config import configurable
@@ -40,7 +41,7 @@ class CLIPBackbone(Backbone):
     def from_config(cls, cfg, input_shape):
         options = cfg.MODEL.BACKBONE.CLIP
         network = load_clip(options.MODEL, options.PRETRAINED, "MODEL.BACKBONE.CLIP")
-        _compare_colours(cfg.MODEL, network.visual)
+        _compare_colors(cfg.MODEL, network.visual)
         return {"visual": network.visual, "name": options.MODEL, "drop_path": options.DROP_PATH}
 
     @property
@@ -62,14 +63,16 @@ class CLIPBackbone(Backbone):
     def output_shape(self):
         if self.pyramid is not None:
             return self.pyramid.output_shape()
-        return {name: ShapeSpec(channels=channels, stride=STRIDES[name])
-                for name, channels in zip(STRIDES, self.tower.channels)}
+        return {
+            name: ShapeSpec(channels=channels, stride=STRIDES[name])
+            for name, channels in zip(STRIDES, self.tower.channels)
+        }
 
     def _features(self, maps, image):
         return self.pyramid(maps[0], image.shape[-2:]) if self.pyramid is not None else dict(zip(STRIDES, maps))
 
 
-def _compare_colours(model_options, visual):
+def _compare_colors(model_options, visual):
     for key, own in (("PIXEL_MEAN", visual.image_mean), ("PIXEL_STD", visual.image_std)):
         trained = [round(255 * value, 3) for value in own]
         if max(abs(a - b) for a, b in zip(model_options[key], trained)) > 0.5:

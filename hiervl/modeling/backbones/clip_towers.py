@@ -3,6 +3,7 @@
 A tower's call gives (maps, dense): `maps` a list of (B, C, h, w), `dense` (B, Dt, h, w) of unit length, each None
 unless asked for. The last layers, which lead into the text space, are not trained: text does not move there either.
 """
+
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
@@ -58,7 +59,7 @@ class ViTTower(nn.Module):
         """MaskCLIP (arXiv 2112.01071): the last block with every token attending to itself alone."""
         block = self.resblocks[-1]
         attention, dim = block.attn, x.shape[2]
-        value = F.linear(block.ln_1(x), attention.in_proj_weight[2 * dim:], attention.in_proj_bias[2 * dim:])
+        value = F.linear(block.ln_1(x), attention.in_proj_weight[2 * dim :], attention.in_proj_bias[2 * dim :])
         x = x + block.ls_1(attention.out_proj(value))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
         x = _to_map(self.ln_post(x) @ self.proj, grid)
@@ -76,8 +77,9 @@ class ResNetTower(nn.Module):
             raise UserError("MODEL.BACKBONE.CLIP.DROP_PATH: CLIP's ResNets have no stochastic depth; set it to 0.")
         pool, visual.attnpool = visual.attnpool, None
         self.body = visual
-        self.channels = [width * visual.layer1[0].expansion
-                         for width in (stage[0].conv1.out_channels for stage in self._stages())]
+        self.channels = [
+            width * visual.layer1[0].expansion for width in (stage[0].conv1.out_channels for stage in self._stages())
+        ]
         self.v_proj, self.c_proj = pool.v_proj.requires_grad_(False), pool.c_proj.requires_grad_(False)
 
     def _stages(self):
@@ -125,12 +127,17 @@ def build_tower(visual: nn.Module, name: str, drop_path: float) -> nn.Module:
         return ResNetTower(visual, drop_path)
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, ConvNeXt):
         return ConvNeXtTower(visual, drop_path)
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and \
-            isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock):
+    if (
+        isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+    ):
         return ViTTower(visual, drop_path)
     kind = type(getattr(visual, "trunk", visual)).__name__
-    raise UserError(f"MODEL.BACKBONE.CLIP.MODEL: the image tower of {name} ({kind}) cannot be used; CLIP's plain ViTs, "
-                    "ResNets and ConvNeXts can.")
+    raise UserError(
+        f"MODEL.BACKBONE.CLIP.MODEL: the image tower of {name} ({kind}) cannot be used; CLIP's plain ViTs, "
+        "ResNets and ConvNeXts can."
+    )
 
 
 def _run(block, drop, x):

@@ -1,10 +1,11 @@
 """Simple feature pyramid (ViTDet, arXiv 2203.16527, section 3): strides 4 to 32 from a plain ViT's last map.
 
-Padding. A ViT's image is padded at the right and at the bottom with zeros, the mean colour, to whole patches. No
+Padding. A ViT's image is padded at the right and at the bottom with zeros, the mean color, to whole patches. No
 output shows it: maps have ceil(H / stride) x ceil(W / stride) cells, and cell i lies where a convolutional network's
-lies, centred on pixel (i + 0.5) stride. With patches of 16 the surplus cells are cut off; with patches of 14 the maps,
-of strides 3.5 to 28, are resampled to these places.
+lies, centerd on pixel (i + 0.5) stride. With patches of 16 the surplus cells are cut off; with patches of 14 the maps,
+of strides 3.5 to 28, are resampled to these point_coords.
 """
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
@@ -26,8 +27,12 @@ class SimpleFeaturePyramid(nn.Module):
         self.channels, self.patch = channels, patch
         self.norm = LayerNorm2d(channels)
         half = channels // 2
-        self.res2 = nn.Sequential(nn.ConvTranspose2d(channels, half, 2, stride=2), LayerNorm2d(half), nn.GELU(),
-                                  nn.ConvTranspose2d(half, half // 2, 2, stride=2))
+        self.res2 = nn.Sequential(
+            nn.ConvTranspose2d(channels, half, 2, stride=2),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, half // 2, 2, stride=2),
+        )
         self.res3 = nn.ConvTranspose2d(channels, half, 2, stride=2)
         self.res5 = nn.MaxPool2d(2, ceil_mode=True)
 
@@ -39,8 +44,12 @@ class SimpleFeaturePyramid(nn.Module):
         return {name: at_stride(value, self.patch * factor[name], STRIDES[name], size) for name, value in maps.items()}
 
     def output_shape(self):
-        channels = {"res2": self.channels // 4, "res3": self.channels // 2, "res4": self.channels,
-                    "res5": self.channels}
+        channels = {
+            "res2": self.channels // 4,
+            "res3": self.channels // 2,
+            "res4": self.channels,
+            "res5": self.channels,
+        }
         return {name: ShapeSpec(channels=channels[name], stride=STRIDES[name]) for name in STRIDES}
 
 
@@ -60,8 +69,11 @@ def at_stride(x, stride: float, wanted: int, size):
     rows, columns = (-(-side // wanted) for side in size)
     if stride == wanted:
         return x[..., :rows, :columns]
-    y, x_position = ((torch.arange(cells, device=x.device, dtype=torch.float32) + 0.5) * wanted / (total * stride)
-                     for cells, total in ((rows, x.shape[2]), (columns, x.shape[3])))  # 0..1 of the padded image
+    y, x_position = (
+        (torch.arange(cells, device=x.device, dtype=torch.float32) + 0.5) * wanted / (total * stride)
+        for cells, total in ((rows, x.shape[2]), (columns, x.shape[3]))
+    )  # 0..1 of the padded image
     grid = torch.stack(torch.meshgrid(x_position, y, indexing="xy"), dim=-1) * 2 - 1  # (rows, columns, 2) as (x, y)
-    return F.grid_sample(x.float(), grid.expand(len(x), -1, -1, -1), mode="bilinear", padding_mode="border",
-                         align_corners=False).to(x.dtype)
+    return F.grid_sample(
+        x.float(), grid.expand(len(x), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    ).to(x.dtype)

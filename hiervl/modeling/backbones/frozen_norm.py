@@ -4,6 +4,7 @@ A frozen norm is a fixed scale and shift per channel. Scaling the filters instea
 numbers and the same gradients, and saves two passes over every feature map (forward and backward): on a CPU, where
 these layers wait for memory, about a third of MobileNetV2's time (docs/DECISIONS.md).
 """
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -14,8 +15,16 @@ class FrozenNormConv2d(nn.Conv2d):
     """The convolution `conv` followed by the norm `norm` with frozen statistics, scale and shift."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                         conv.dilation, conv.groups, bias=False)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=False,
+        )
         self.weight = conv.weight
         scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
         self.register_buffer("scale", scale)

@@ -1,4 +1,5 @@
 """MobileNetV2 as torchvision defines it, so that torchvision's ImageNet weights load strictly."""
+
 import os
 
 from detectron2.config import configurable
@@ -34,11 +35,13 @@ class MobileNetV2(Backbone):
         network = mobilenet_v2(weights=None)
         if weights:
             if not os.path.isfile(weights):
-                raise UserError(f"{weights}: no such weights file (MODEL.BACKBONE.WEIGHTS); fetch torchvision's from "
-                                f"{MobileNet_V2_Weights.IMAGENET1K_V1.url}, or set it to '' to begin without.")
+                raise UserError(
+                    f"{weights}: no such weights file (MODEL.BACKBONE.WEIGHTS); fetch torchvision's from "
+                    f"{MobileNet_V2_Weights.IMAGENET1K_V1.url}, or set it to '' to begin without."
+                )
             load_strictly(network, weights, "MODEL.BACKBONE.WEIGHTS")
         self.stages = nn.ModuleDict({name: network.features[blocks] for name, blocks in _STAGES.items()})
-        for name in list(_STAGES)[:max(freeze_at - 1, 0)]:
+        for name in list(_STAGES)[: max(freeze_at - 1, 0)]:
             self.stages[name].requires_grad_(False)
 
     @classmethod

@@ -1,5 +1,6 @@
 """Any timm model that offers `features_only` with strides 4, 8, 16 and 32 (ResNet, ConvNeXt, Swin, MobileNet...), and
 plain ViTs (DINOv2, DINOv3, EVA-02...) through a simple feature pyramid."""
+
 from functools import lru_cache
 
 import timm
@@ -41,20 +42,31 @@ class TimmBackbone(Backbone):
         self.pyramid = SimpleFeaturePyramid(channels[0], self._reductions[0]) if is_vit else None
         self._stages = {_NAMES[r]: i for i, r in enumerate(self._reductions) if r in _NAMES}
         if not is_vit and len(self._stages) != len(_NAMES):
-            raise UserError(f"MODEL.BACKBONE.TIMM.NAME: {name} has features at strides {self._reductions}; "
-                            "HierVL needs 4, 8, 16 and 32, or a plain ViT.")
+            raise UserError(
+                f"MODEL.BACKBONE.TIMM.NAME: {name} has features at strides {self._reductions}; "
+                "HierVL needs 4, 8, 16 and 32, or a plain ViT."
+            )
         if weights and not pretrained:
             load_strictly(self.body, weights, "MODEL.BACKBONE.WEIGHTS")
-        self._shape = self.pyramid.output_shape() if is_vit else {
-            stage: ShapeSpec(channels=channels[i], stride=self._reductions[i]) for stage, i in self._stages.items()}
+        self._shape = (
+            self.pyramid.output_shape()
+            if is_vit
+            else {
+                stage: ShapeSpec(channels=channels[i], stride=self._reductions[i]) for stage, i in self._stages.items()
+            }
+        )
         # Swin and its relatives give (B, H, W, C).
         self._channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         options = cfg.MODEL.BACKBONE.TIMM
-        return {"name": options.NAME, "pretrained": options.PRETRAINED, "drop_path": options.DROP_PATH,
-                "weights": cfg.MODEL.BACKBONE.WEIGHTS}
+        return {
+            "name": options.NAME,
+            "pretrained": options.PRETRAINED,
+            "drop_path": options.DROP_PATH,
+            "weights": cfg.MODEL.BACKBONE.WEIGHTS,
+        }
 
     def forward(self, image):
         """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride)."""
@@ -93,7 +105,11 @@ def _create(name, pretrained, weights, options):
             raise
         reason = " ".join(str(error).split())[:150]
         if weights:
-            raise UserError(f"{weights}: does not hold timm's weights of {name} ({reason}; MODEL.BACKBONE.WEIGHTS with "
-                            "MODEL.BACKBONE.TIMM.PRETRAINED True).") from error
-        raise UserError(f"MODEL.BACKBONE.TIMM: weights of {name} could not be downloaded ({reason}); fetch timm's file "
-                        "elsewhere and name it in MODEL.BACKBONE.WEIGHTS.") from error
+            raise UserError(
+                f"{weights}: does not hold timm's weights of {name} ({reason}; MODEL.BACKBONE.WEIGHTS with "
+                "MODEL.BACKBONE.TIMM.PRETRAINED True)."
+            ) from error
+        raise UserError(
+            f"MODEL.BACKBONE.TIMM: weights of {name} could not be downloaded ({reason}); fetch timm's file "
+            "elsewhere and name it in MODEL.BACKBONE.WEIGHTS."
+        ) from error

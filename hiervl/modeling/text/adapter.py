@@ -1,4 +1,5 @@
 """Residual adapter of the text space (docs/how-it-works.md)."""
+
 import math
 
 import torch

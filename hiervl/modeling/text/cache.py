@@ -3,6 +3,7 @@
 A file holds the embeddings of one list of texts, under a hash of everything that decides them. Files are written
 whole or not at all; one that cannot be read or does not fit is made anew.
 """
+
 import hashlib
 import json
 import logging
@@ -59,5 +60,8 @@ def _write(path, texts, embeddings):
         with atomic_write(path) as file:
             np.savez(file, texts=np.array(texts), embeddings=embeddings.numpy())
     except (OSError, UserError) as error:  # the run can go on without it
-        logger.warning("%s: text embeddings cannot be kept (%s); name another folder in MODEL.TEXT.CACHE", path,
-                       error.__cause__ or error)
+        logger.warning(
+            "%s: text embeddings cannot be kept (%s); name another folder in MODEL.TEXT.CACHE",
+            path,
+            error.__cause__ or error,
+        )

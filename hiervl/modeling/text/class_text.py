@@ -1,10 +1,11 @@
 """ClassText: class embeddings T (K, Dt) for any list of names.
 
 CLIP's text vectors lie in a narrow cone (cosines of 0.7 to 0.9 between street classes), which leaves a cosine
-classifier little room; a fixed mean is subtracted and the result normalised again. The mean belongs to the trained
+classifier little room; a fixed mean is subtracted and the result normalized again. The mean belongs to the trained
 weights (it defines the space in which they were trained), so it is kept in the checkpoint, with the adapter and the
 context tokens; the embeddings are not: they are computed or looked up for the names at hand.
 """
+
 from collections import Counter
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ...errors import UserError
 from .adapter import ResidualAdapter
-from .controls import with_control
+from .ablations import ablate_texts
 from .embeddings import EmbeddingTable
 from .tower import TextTower
 from .word_lists import read_definitions, read_lines, read_templates
@@ -35,8 +36,16 @@ class ClassText(nn.Module):
     """
 
     @configurable
-    def __init__(self, source, class_names: list[str] = None, *, center: bool = True, adapter: bool = False,
-                 context_tokens: int = 0, distractors: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        source,
+        class_names: list[str] = None,
+        *,
+        center: bool = True,
+        adapter: bool = False,
+        context_tokens: int = 0,
+        distractors: tuple[str, ...] = (),
+    ):
         super().__init__()
         if isinstance(source, torch.Tensor):
             class_names = list(class_names or (f"class {k}" for k in range(len(source))))
@@ -59,18 +68,29 @@ class ClassText(nn.Module):
         if options.EMBEDDINGS:
             source = EmbeddingTable(options.EMBEDDINGS, class_names, options.EXTRA_EMBEDDINGS, definitions)
         elif options.EXTRA_EMBEDDINGS:
-            raise UserError("MODEL.TEXT.EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty; a "
-                            "text tower embeds any word.")
+            raise UserError(
+                "MODEL.TEXT.EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty; a "
+                "text tower embeds any word."
+            )
         else:
-            source = TextTower(options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions,
-                               options.CACHE)
+            source = TextTower(
+                options.MODEL, options.PRETRAINED, read_templates(options.TEMPLATES), definitions, options.CACHE
+            )
         words = read_lines(options.DISTRACTORS, "MODEL.TEXT.DISTRACTORS") if options.DISTRACTORS else ()
-        if options.CONTROL == "random" and options.CONTEXT_TOKENS:
-            raise UserError("MODEL.TEXT.CONTROL random takes the tower away that MODEL.TEXT.CONTEXT_TOKENS needs; set "
-                            "the one to none or the other to 0.")
-        source = with_control(source, options.CONTROL, class_names)
-        return {"source": source, "class_names": class_names, "center": options.CENTER, "adapter": options.ADAPTER,
-                "context_tokens": options.CONTEXT_TOKENS, "distractors": words}
+        if options.ABLATION == "random" and options.CONTEXT_TOKENS:
+            raise UserError(
+                "MODEL.TEXT.ABLATION random takes the tower away that MODEL.TEXT.CONTEXT_TOKENS needs; set "
+                "the one to none or the other to 0."
+            )
+        source = ablate_texts(source, options.ABLATION, class_names)
+        return {
+            "source": source,
+            "class_names": class_names,
+            "center": options.CENTER,
+            "adapter": options.ADAPTER,
+            "context_tokens": options.CONTEXT_TOKENS,
+            "distractors": words,
+        }
 
     @property
     def dim(self) -> int:
@@ -84,8 +104,9 @@ class ClassText(nn.Module):
 
     def _hold(self, names, raw, index):
         _check_embeddings(names, _class_means(raw, index, len(names)))
-        taken = {text.casefold() for name in names
-                 for text in (name, self.source.words(name), *self.source.texts(name))}
+        taken = {
+            text.casefold() for name in names for text in (name, self.source.words(name), *self.source.texts(name))
+        }
         words = [w for w in self._all_distractors if not {w.casefold(), self.source.words(w).casefold()} & taken]
         distractors = self.source.embed(words, words) if words else raw[:0]
         device = self.mean.device
@@ -93,7 +114,7 @@ class ClassText(nn.Module):
         self.class_names, self._distractors, self._in_context = names, words, {}
 
     def forward(self):
-        """T' (K, Dt) float32 of unit length: centred and adapted. Gradients flow to adapter and context."""
+        """T' (K, Dt) float32 of unit length: centerd and adapted. Gradients flow to adapter and context."""
         with self._float32():
             return self._finish(_class_means(self._embeddings("raw"), self.class_index, len(self.class_names)))
 
@@ -104,7 +125,7 @@ class ClassText(nn.Module):
             return self._center(_class_means(self.raw, self.class_index, len(self.class_names)))
 
     def definitions(self):
-        """All texts of all classes (M, Dt), centred and adapted, and the class of each (M,)."""
+        """All texts of all classes (M, Dt), centerd and adapted, and the class of each (M,)."""
         with self._float32():
             return self._finish(self._embeddings("raw")), self.class_index
 
@@ -120,7 +141,7 @@ class ClassText(nn.Module):
         return texts[first[:, None] + torch.where(place < counts[:, None], place, 0)]
 
     def distractors(self):
-        """The words that are no class, V of them, and their embeddings (V, Dt), centred and adapted."""
+        """The words that are no class, V of them, and their embeddings (V, Dt), centerd and adapted."""
         with self._float32():
             return list(self._distractors), self._finish(self._embeddings("raw_distractors"))
 
@@ -131,8 +152,9 @@ class ClassText(nn.Module):
 
     def _make_context(self, count):
         if not self.source.context_width:
-            raise UserError("MODEL.TEXT.CONTEXT_TOKENS: needs a CLIP text tower; leave MODEL.TEXT.EMBEDDINGS empty, or "
-                            "set it to 0.")
+            raise UserError(
+                "MODEL.TEXT.CONTEXT_TOKENS: needs a CLIP text tower; leave MODEL.TEXT.EMBEDDINGS empty, or set it to 0."
+            )
         context = nn.Embedding(count, self.source.context_width)
         nn.init.normal_(context.weight, std=0.02)  # as the tower's own token embeddings were
         return context
@@ -141,8 +163,11 @@ class ClassText(nn.Module):
         """Embeddings of the classes' texts ("raw") or of the distractors, in the learnable context if there is one."""
         if self.context_embed is None:
             return getattr(self, kind)
-        texts = self._distractors if kind == "raw_distractors" else \
-            [text for name in self.class_names for text in self.source.texts(name)]
+        texts = (
+            self._distractors
+            if kind == "raw_distractors"
+            else [text for name in self.class_names for text in self.source.texts(name)]
+        )
         context = self.context_embed.weight
         if torch.is_grad_enabled():
             return self.source.embed_in_context(texts, context)
@@ -153,8 +178,8 @@ class ClassText(nn.Module):
         return known[1]
 
     def _finish(self, vectors):
-        centred = self._center(vectors)
-        return self.adapter(centred) if self.adapter is not None else centred
+        centerd = self._center(vectors)
+        return self.adapter(centerd) if self.adapter is not None else centerd
 
     def _center(self, vectors):
         return F.normalize(vectors - self.mean, dim=1)

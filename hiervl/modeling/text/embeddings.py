@@ -4,6 +4,7 @@ A file (.npz) holds `names` (M,) and `embeddings` (M, Dt), optionally `texts` (M
 they are not the names ("sidewalk" for "pavement"), and `class_index` (M,): then it holds several texts per class,
 in the order of the class list.
 """
+
 import difflib
 import zipfile
 from dataclasses import dataclass, field
@@ -41,10 +42,10 @@ class EmbeddingTable:
 
     context_width = 0  # learnable context needs a tower
 
-    def __init__(self, path: str, class_names: list[str], extra: tuple[str, ...] = (),
-                 definitions: dict[str, list[str]] = None):
-        self.files = [_load(path, "MODEL.TEXT.EMBEDDINGS"),
-                      *(_load(p, "MODEL.TEXT.EXTRA_EMBEDDINGS") for p in extra)]
+    def __init__(
+        self, path: str, class_names: list[str], extra: tuple[str, ...] = (), definitions: dict[str, list[str]] = None
+    ):
+        self.files = [_load(path, "MODEL.TEXT.EMBEDDINGS"), *(_load(p, "MODEL.TEXT.EXTRA_EMBEDDINGS") for p in extra)]
         _check_one_space(self.files)
         self.definitions = {**_indexed(self.files[0], class_names), **(definitions or {})}
 
@@ -79,8 +80,9 @@ class EmbeddingTable:
             return torch.zeros(0, self.files[0].embeddings.shape[1])
         rows = torch.stack([file.embeddings[row] for file, row in found])
         for i in (~torch.isfinite(rows).all(dim=1) | (rows.norm(dim=1) < 1e-6)).nonzero().flatten().tolist():
-            raise UserError(f"{found[i][0].path}: the embedding of {texts[i]!r} is zero or not finite; make the file "
-                            "anew.")
+            raise UserError(
+                f"{found[i][0].path}: the embedding of {texts[i]!r} is zero or not finite; make the file anew."
+            )
         return F.normalize(rows, dim=1)
 
     def _find(self, text):
@@ -91,9 +93,11 @@ class EmbeddingTable:
         near = difflib.get_close_matches(missing[0], known, n=3)
         text = "" if owner == missing[0] else f", text {missing[0]!r}"
         way_out = ", or without texts of their own set MODEL.TEXT.DEFINITIONS to ''" if text else ""
-        raise UserError(f"{self.files[0].path}: no text embedding for {owner!r}{text} ({len(missing)} missing of "
-                        f"{total}; similar: {', '.join(near) or 'none'}); make a file for these names, see "
-                        f"datasets/README.md, or name one that has them in MODEL.TEXT.EXTRA_EMBEDDINGS{way_out}.")
+        raise UserError(
+            f"{self.files[0].path}: no text embedding for {owner!r}{text} ({len(missing)} missing of "
+            f"{total}; similar: {', '.join(near) or 'none'}); make a file for these names, see "
+            f"datasets/README.md, or name one that has them in MODEL.TEXT.EXTRA_EMBEDDINGS{way_out}."
+        )
 
 
 def _indexed(file, class_names):
@@ -102,8 +106,9 @@ def _indexed(file, class_names):
         return {}
     index = file.class_index
     if set(index.tolist()) != set(range(len(class_names))):
-        raise UserError(f"{file.path}: class_index names {len(set(index.tolist()))} classes, the data set has "
-                        f"{len(class_names)}.")
+        raise UserError(
+            f"{file.path}: class_index names {len(set(index.tolist()))} classes, the data set has {len(class_names)}."
+        )
     return {name: [file.names[row] for row in np.flatnonzero(index == k)] for k, name in enumerate(class_names)}
 
 
@@ -112,11 +117,14 @@ def _check_one_space(files):
     for other in files[1:]:
         width, wanted = other.embeddings.shape[1], first.embeddings.shape[1]
         if width != wanted:
-            raise UserError(f"{other.path}: its embeddings have {width} numbers, those of {first.path} {wanted}; use "
-                            "files made by one model.")
+            raise UserError(
+                f"{other.path}: its embeddings have {width} numbers, those of {first.path} {wanted}; use "
+                "files made by one model."
+            )
         if first.model and other.model and first.model != other.model:
-            raise UserError(f"{other.path}: made by {other.model}, {first.path} by {first.model}; use files made by "
-                            "one model.")
+            raise UserError(
+                f"{other.path}: made by {other.model}, {first.path} by {first.model}; use files made by one model."
+            )
 
 
 def _load(path, key):
@@ -128,15 +136,21 @@ def _load(path, key):
             index = data["class_index"] if "class_index" in data else None
             model = str(data["model"]) if "model" in data else ""
     except FileNotFoundError:
-        raise UserError(f"{path}: no such embeddings file ({key}); make one as datasets/README.md says, or choose "
-                        "MODEL.DECODER.CLASSIFIER linear.") from None
+        raise UserError(
+            f"{path}: no such embeddings file ({key}); make one as datasets/README.md says, or choose "
+            "MODEL.DECODER.CLASSIFIER linear."
+        ) from None
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an embeddings file ({' '.join(str(error).split())}); it needs the arrays "
-                        "names and embeddings.") from None
+        raise UserError(
+            f"{path}: not an embeddings file ({' '.join(str(error).split())}); it needs the arrays "
+            "names and embeddings."
+        ) from None
     lengths = {len(names), len(texts), len(embeddings), len(names if index is None else index)}
     if embeddings.dim() != 2 or len(lengths) != 1:
-        raise UserError(f"{path}: embeddings have the shape {tuple(embeddings.shape)}, {len(names)} names need "
-                        f"({len(names)}, width).")
+        raise UserError(
+            f"{path}: embeddings have the shape {tuple(embeddings.shape)}, {len(names)} names need "
+            f"({len(names)}, width)."
+        )
     # Later entries win: names over texts, and the first of two that are alike.
     rows = {text: i for words in (texts, names) for i, text in reversed(list(enumerate(words)))}
     return _File(path, rows, embeddings, names, texts, index, model)

@@ -1,4 +1,5 @@
 """Embeddings of names from an open_clip text tower: frozen, with a prompt ensemble or learnable context tokens."""
+
 from functools import cached_property, lru_cache
 
 import open_clip
@@ -21,18 +22,27 @@ class TextTower:
 
     Args:
         model, pretrained: see hiervl.modeling.clip.
-        templates: sentences with {} for the text; a text's embedding is the normalised mean over them.
+        templates: sentences with {} for the text; a text's embedding is the normalized mean over them.
         definitions: {class name: its texts}. cache: folder, "" for the user's cache.
     Raises:
         UserError: weights that cannot be had (once they are needed), a text that is too long.
     """
 
-    def __init__(self, model: str, pretrained: str, templates: tuple[str, ...] = ("a photo of a {}",),
-                 definitions: dict[str, list[str]] = None, cache: str = ""):
+    def __init__(
+        self,
+        model: str,
+        pretrained: str,
+        templates: tuple[str, ...] = ("a photo of a {}",),
+        definitions: dict[str, list[str]] = None,
+        cache: str = "",
+    ):
         bad = [t for t in templates if "{}" not in t]
         if bad or not templates:
-            raise UserError(f"MODEL.TEXT.TEMPLATES: {bad[0]!r} has no {{}} for the name." if bad else
-                            "MODEL.TEXT.TEMPLATES: there is none.")
+            raise UserError(
+                f"MODEL.TEXT.TEMPLATES: {bad[0]!r} has no {{}} for the name."
+                if bad
+                else "MODEL.TEXT.TEMPLATES: there is none."
+            )
         self.model, self.pretrained = model, pretrained
         self.templates, self.definitions = tuple(templates), definitions or {}
         self.cache = cache_folder(cache)
@@ -86,8 +96,10 @@ class TextTower:
         with torch.autocast(next(self._clip.parameters()).device.type, enabled=False):  # what is cached is float32
             vectors = torch.cat([self._encode(chunk).cpu() for chunk in tokens.split(_CHUNK)])
         if not torch.isfinite(vectors).all():
-            raise UserError(f"{self.pretrained}: the text tower {self.model} gives embeddings that are not finite; get "
-                            "its weights anew (MODEL.TEXT.PRETRAINED).")
+            raise UserError(
+                f"{self.pretrained}: the text tower {self.model} gives embeddings that are not finite; get "
+                "its weights anew (MODEL.TEXT.PRETRAINED)."
+            )
         vectors = vectors.unflatten(0, (len(texts), len(self.templates))).mean(dim=1)  # (M·t, Dt) -> (M, Dt)
         return F.normalize(vectors, dim=1)
 
@@ -125,8 +137,10 @@ class TextTower:
         wide = self._tokenizer(sentences, context_length=length + longest + 8)
         used = (wide[:, :-1] != wide[:, -2:-1]).int().cumsum(1).argmax(1) + 1  # (M,) tokens up to the padding
         for i in (used > length).nonzero().flatten().tolist():
-            raise UserError(f"MODEL.TEXT: class {owners[i]!r}: {sentences[i]!r} has {int(used[i])} tokens, the tower "
-                            f"reads {length}; shorten it.")
+            raise UserError(
+                f"MODEL.TEXT: class {owners[i]!r}: {sentences[i]!r} has {int(used[i])} tokens, the tower "
+                f"reads {length}; shorten it."
+            )
         return self._tokenizer(sentences, context_length=length)
 
 
@@ -139,4 +153,4 @@ def _get_tokenizer(model):
 def _insert(embedded, context):
     """Put the context (P, W) behind the start token of (M, L, W)."""
     context = context.to(embedded.dtype).expand(len(embedded), -1, -1)
-    return torch.cat((embedded[:, :1], context, embedded[:, 1 + context.shape[1]:]), dim=1)
+    return torch.cat((embedded[:, :1], context, embedded[:, 1 + context.shape[1] :]), dim=1)

@@ -1,4 +1,5 @@
 """Lists of words and texts that the config names: distractors, templates, definitions."""
+
 import os
 
 import yaml
@@ -57,5 +58,6 @@ def _read(path, key):
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}; {key}).") \
-            from None
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}; {key})."
+        ) from None

@@ -10,8 +10,8 @@
 namespace hiervl {
 namespace {
 
-// Label maps are smooth: neighbours fall into one cell, and each increment waits for the one before
-// it. So neighbours count in copies of the table, where these are small.
+// Label maps are smooth: neighbors fall into one cell, and each increment waits for the one before
+// it. So neighbors count in copies of the table, where these are small.
 constexpr int64_t kCopies = 8;
 constexpr int64_t kSmallTable = int64_t{1} << 15;  // cells
 constexpr int64_t kBlock = 1024;  // pixels whose cells are numbered at a time, in vector code

@@ -40,7 +40,7 @@ HIERVL_INLINE Place<A> read_place(const CudaProblem& p, const Level& level, int6
   return {footprint(x, y, level.h, level.w), load_as<A>(p.weights, p.weight_type, place)};
 }
 
-// N neighbouring channels, moved by one instruction.
+// N neighboring channels, moved by one instruction.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T item[N];
@@ -78,7 +78,7 @@ __global__ void forward_kernel(CudaProblem p) {
   }
 }
 
-// The sum of x over the lanes of a group (a power of two of neighbouring lanes), in each of them.
+// The sum of x over the lanes of a group (a power of two of neighboring lanes), in each of them.
 template <typename A>
 __device__ A group_sum(A x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);

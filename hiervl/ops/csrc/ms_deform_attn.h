@@ -38,7 +38,7 @@ struct Footprint {
   typename Lanes<A>::Mask any;  // false: all corners are outside, and row[] is not to be read
 };
 
-// Where (x, y) in [0, 1] falls in a level of h*w pixels whose centres are at (i + 0.5) / size.
+// Where (x, y) in [0, 1] falls in a level of h*w pixels whose centers are at (i + 0.5) / size.
 template <typename A, typename Integer>
 HIERVL_INLINE Footprint<A> footprint(A x, A y, Integer h, Integer w) {
   using L = Lanes<A>;
@@ -51,7 +51,7 @@ HIERVL_INLINE Footprint<A> footprint(A x, A y, Integer h, Integer w) {
   // is 0 but its derivative is not, as in grid_sample. An empty level has no row to read.
   f.any = (column >= Real(-1)) & (column < width) & (line >= Real(-1)) & (line < height) & (h > 0) & (w > 0);
   const A safe_column = L::select(f.any, column, zero), safe_line = L::select(f.any, line, zero);
-  // Rounded down; conversion to an integer rounds towards zero.
+  // Rounded down; conversion to an integer rounds toward zero.
   const Integer x_zero = L::truncate(safe_column), y_zero = L::truncate(safe_line);
   const Integer x0 = L::select(safe_column < L::real(x_zero), x_zero - 1, x_zero);
   const Integer y0 = L::select(safe_line < L::real(y_zero), y_zero - 1, y_zero);

@@ -34,7 +34,8 @@ def test_timm(name):
 def test_mobilenet_equals_torchvision():
     backbone, reference = MobileNetV2().eval(), mobilenet_v2(weights=None).eval()
     reference.features[:18].load_state_dict(
-        {k: v for k, v in zip(reference.features[:18].state_dict(), backbone.state_dict().values())})
+        {k: v for k, v in zip(reference.features[:18].state_dict(), backbone.state_dict().values())}
+    )
     check_shapes(backbone)
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -99,15 +100,21 @@ def test_frozen_stages_are_not_trained():
 
 
 def test_folded_norms_give_the_same_numbers_and_gradients():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                            nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+    )
     for norm in (network[1], network[4]):
         nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.normal_(norm.running_mean)
         nn.init.normal_(norm.weight)
     image = torch.randn(2, 3, 16, 16)
     expected = FrozenBatchNorm2d.convert_frozen_batchnorm(
-        nn.Sequential(*[layer if isinstance(layer, (nn.Conv2d, nn.ReLU)) else layer for layer in network]))
+        nn.Sequential(*[layer if isinstance(layer, (nn.Conv2d, nn.ReLU)) else layer for layer in network])
+    )
     expected_out = expected(image)
     expected_out.square().sum().backward()
     gradients = [network[i].weight.grad.clone() for i in (0, 3)]

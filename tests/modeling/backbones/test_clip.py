@@ -1,4 +1,5 @@
 """CLIP's image towers, tiny and with random weights."""
+
 import json
 from types import SimpleNamespace
 
@@ -118,7 +119,8 @@ def test_what_is_trained_has_a_gradient_and_the_way_into_the_text_space_is_froze
     assert trained and not [n for n, p in trained.items() if p.grad is None]
     frozen = {n.split(".")[1] for n, p in backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"vit": {"ln_post", "proj"}, "res": {"v_proj", "c_proj"}, "con": {"norm", "head"}}.get(
-        name[:3], {"ln_post", "proj"})
+        name[:3], {"ln_post", "proj"}
+    )
 
 
 def test_the_dense_features_train_the_tower():
@@ -173,16 +175,27 @@ def folder(tmp_path):
 
 
 def config(folder, *overrides):
-    return load_config("", ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "CLIPBackbone",
-                            "MODEL.BACKBONE.CLIP.MODEL", f"local-dir:{folder}", *overrides])
+    return load_config(
+        "",
+        [
+            "MODEL.DEVICE",
+            "cpu",
+            "MODEL.BACKBONE.NAME",
+            "CLIPBackbone",
+            "MODEL.BACKBONE.CLIP.MODEL",
+            f"local-dir:{folder}",
+            *overrides,
+        ],
+    )
 
 
 def test_from_the_config(folder, caplog):
     backbone = build_backbone(config(folder))
     assert "MODEL.PIXEL_MEAN is [123.675, 116.28, 103.53], the tower was trained with [122.771, 116.746" in caplog.text
     caplog.clear()
-    build_backbone(config(folder, "MODEL.PIXEL_MEAN", [122.771, 116.746, 104.094],
-                          "MODEL.PIXEL_STD", [68.501, 66.632, 70.323]))
+    build_backbone(
+        config(folder, "MODEL.PIXEL_MEAN", [122.771, 116.746, 104.094], "MODEL.PIXEL_STD", [68.501, 66.632, 70.323])
+    )
     assert "trained with" not in caplog.text
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     assert torch.equal(backbone.tower.conv1.weight, state["visual.conv1.weight"])
@@ -196,11 +209,14 @@ def test_from_the_config(folder, caplog):
 def test_attention_only_and_freeze(folder):
     def trained(*overrides):
         return {n for n, p in build_backbone(config(folder, *overrides)).named_parameters() if p.requires_grad}
+
     pyramid = {name for name in trained() if name.startswith("pyramid.")}
     assert trained("MODEL.BACKBONE.FREEZE", True) == pyramid
     assert trained("MODEL.BACKBONE.ATTENTION_ONLY", True) - pyramid == {
-        f"tower.resblocks.{i}.attn.{part}" for i in range(3)
-        for part in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
+        f"tower.resblocks.{i}.attn.{part}"
+        for i in range(3)
+        for part in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,8 +234,9 @@ def test_autocast(name, dtype):
 @pytest.mark.parametrize("name", ["vit14", "resnet"])
 def test_the_network_trains_and_predicts_with_it(name):
     backbone = CLIPBackbone(make_visual(name))
-    pixel_decoder = PixelDecoder(backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1, num_heads=4,
-                                 num_points=2, feedforward_dim=32)
+    pixel_decoder = PixelDecoder(
+        backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1, num_heads=4, num_points=2, feedforward_dim=32
+    )
     network = make_network(backbone=backbone, pixel_decoder=pixel_decoder)
     losses = network.train()([training_input(size=64)])
     sum(losses.values()).backward()
@@ -230,8 +247,12 @@ def test_the_network_trains_and_predicts_with_it(name):
 
 def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed():
     torch.manual_seed(0)
-    network = make_network(backbone=CLIPBackbone(make_visual("vit16")), embeddings=torch.randn(4, EMBED), kind="hiervl",
-                           weights={"guidance": 1.0}).train()
+    network = make_network(
+        backbone=CLIPBackbone(make_visual("vit16")),
+        embeddings=torch.randn(4, EMBED),
+        kind="hiervl",
+        weights={"guidance": 1.0},
+    ).train()
     inputs = [pseudo_input(teacher=True)]
     torch.manual_seed(1)
     loss = network(inputs)["loss_u_guidance"]
@@ -244,14 +265,20 @@ def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed()
 
 def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
     torch.manual_seed(0)
-    network = make_network(backbone=CLIPBackbone(make_visual("vit16")), embeddings=torch.randn(4, EMBED), kind="hiervl",
-                           weights={"guidance": 1.0}).train()
+    network = make_network(
+        backbone=CLIPBackbone(make_visual("vit16")),
+        embeddings=torch.randn(4, EMBED),
+        kind="hiervl",
+        weights={"guidance": 1.0},
+    ).train()
     image = torch.rand(1, 3, 32, 32)
-    output = SimpleNamespace(kept=SimpleNamespace(index=torch.tensor([[4, 5]])),
-                             aligned=SimpleNamespace(scores=torch.rand(1, 2, 8, 8, requires_grad=True)))
+    output = SimpleNamespace(
+        selected=SimpleNamespace(index=torch.tensor([[4, 5]])),
+        aligned=SimpleNamespace(similarity=torch.rand(1, 2, 8, 8, requires_grad=True)),
+    )
     loss = REGULARIZERS["guidance"][0](network, SimpleNamespace(output=output, images=image))
     loss.backward()
-    assert loss == 0 and (output.aligned.scores.grad == 0).all()
+    assert loss == 0 and (output.aligned.similarity.grad == 0).all()
 
 
 def test_towers_of_another_kind_are_refused():

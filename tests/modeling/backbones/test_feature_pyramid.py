@@ -1,4 +1,5 @@
 """Where a plain ViT's maps lie in the image, with patches of 14 and 16 and any image size."""
+
 import pytest
 import timm
 import torch
@@ -30,13 +31,16 @@ def test_shapes(patch, size):
 
 @pytest.mark.parametrize("stride, wanted", [(14, 16), (7, 8), (3.5, 4), (28, 32), (16, 16)])
 def test_cells_lie_where_a_convolutions_cells_lie(stride, wanted):
-    """A map that holds the position of its own cells' centres gives the positions of the wanted cells' centres."""
+    """A map that holds the position of its own cells' centers gives the positions of the wanted cells' centers."""
     size = (518 - 6, 300)
     rows, columns = (torch.arange(-(-side // stride) + 1) for side in size)
     y, x = torch.meshgrid((rows + 0.5) * stride, (columns + 0.5) * stride, indexing="ij")
     out = at_stride(torch.stack((x, y))[None], stride, wanted, size)
-    y, x = torch.meshgrid((torch.arange(-(-size[0] // wanted)) + 0.5) * wanted,
-                          (torch.arange(-(-size[1] // wanted)) + 0.5) * wanted, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(-(-size[0] // wanted)) + 0.5) * wanted,
+        (torch.arange(-(-size[1] // wanted)) + 0.5) * wanted,
+        indexing="ij",
+    )
     inside = (x < size[1]) & (y < size[0])
     torch.testing.assert_close(out[0][:, inside], torch.stack((x, y))[:, inside], atol=1e-2, rtol=0)
 
@@ -57,17 +61,24 @@ def test_timm_vit(size):
         check_shapes(backbone(torch.randn(1, 3, *size)), backbone, size)
 
 
-def test_the_padding_is_the_mean_colour_and_in_no_output():
+def test_the_padding_is_the_mean_color_and_in_no_output():
     backbone = TimmBackbone(name="test_vit").eval()
     image = torch.randn(1, 3, 40, 56)
     with torch.no_grad():
         own, padded = backbone(image), backbone(torch.nn.functional.pad(image, (0, 8, 0, 8)))
     for name, value in own.items():
-        torch.testing.assert_close(value, padded[name][..., :value.shape[2], :value.shape[3]])
+        torch.testing.assert_close(value, padded[name][..., : value.shape[2], : value.shape[3]])
 
 
-@pytest.mark.parametrize("name, patch", [("vit_small_patch14_dinov2", 14), ("vit_small_patch14_reg4_dinov2", 14),
-                                         ("vit_small_patch16_dinov3", 16), ("eva02_small_patch14_224", 14)])
+@pytest.mark.parametrize(
+    "name, patch",
+    [
+        ("vit_small_patch14_dinov2", 14),
+        ("vit_small_patch14_reg4_dinov2", 14),
+        ("vit_small_patch16_dinov3", 16),
+        ("eva02_small_patch14_224", 14),
+    ],
+)
 def test_vits_that_people_use(name, patch):
     """Shapes only, without memory for weights: another image size than the one they were trained with."""
     with torch.device("meta"):
@@ -89,8 +100,18 @@ def test_timms_own_file_and_a_features_only_file(tmp_path):
 
 
 def vit_config(*overrides):
-    return load_config("", ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "TimmBackbone",
-                            "MODEL.BACKBONE.TIMM.NAME", "test_vit", *overrides])
+    return load_config(
+        "",
+        [
+            "MODEL.DEVICE",
+            "cpu",
+            "MODEL.BACKBONE.NAME",
+            "TimmBackbone",
+            "MODEL.BACKBONE.TIMM.NAME",
+            "test_vit",
+            *overrides,
+        ],
+    )
 
 
 def trained(backbone):
@@ -105,13 +126,21 @@ def test_freezing_leaves_the_pyramid_and_attention_only_the_attention():
     assert attention == {name for name in everything if ".attn." in name} and attention
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["MODEL.BACKBONE.FREEZE", True, "MODEL.BACKBONE.ATTENTION_ONLY", True], "exclude each other"),
-    (["MODEL.BACKBONE.ATTENTION_ONLY", True, "MODEL.BACKBONE.TIMM.NAME", "lcnet_050"], "TimmBackbone has no attention"),
-    (["MODEL.BACKBONE.FREEZE_AT", 2], "FREEZE_AT is not read by TimmBackbone; use MODEL.BACKBONE.FREEZE"),
-    (["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.WEIGHTS", "x.pth"],
-     "WEIGHTS is not read by build_resnet_backbone; use MODEL.WEIGHTS"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["MODEL.BACKBONE.FREEZE", True, "MODEL.BACKBONE.ATTENTION_ONLY", True], "exclude each other"),
+        (
+            ["MODEL.BACKBONE.ATTENTION_ONLY", True, "MODEL.BACKBONE.TIMM.NAME", "lcnet_050"],
+            "TimmBackbone has no attention",
+        ),
+        (["MODEL.BACKBONE.FREEZE_AT", 2], "FREEZE_AT is not read by TimmBackbone; use MODEL.BACKBONE.FREEZE"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.WEIGHTS", "x.pth"],
+            "WEIGHTS is not read by build_resnet_backbone; use MODEL.WEIGHTS",
+        ),
+    ],
+)
 def test_options_that_a_backbone_has_no_use_for(overrides, message):
     with pytest.raises(UserError, match=message):
         build_backbone(vit_config(*overrides))

@@ -1,4 +1,5 @@
 """A tiny text tower with random weights, in a folder as open_clip reads it."""
+
 import json
 
 import open_clip
@@ -12,9 +13,11 @@ WIDTH, EMBED = 32, 24
 def tower_folder(tmp_path_factory):
     """Folder with open_clip_config.json and weights, for MODEL.TEXT.MODEL local-dir:FOLDER."""
     folder = tmp_path_factory.mktemp("tower")
-    model = {"embed_dim": EMBED,
-             "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-             "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": 2}}
+    model = {
+        "embed_dim": EMBED,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": 2},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     torch.manual_seed(0)
     network = open_clip.model.CLIP(**model)

@@ -1,4 +1,5 @@
-"""ClassText over any source: centring, adapter, definitions, other class lists, distractors."""
+"""ClassText over any source: centering, adapter, definitions, other class lists, distractors."""
+
 import copy
 
 import numpy as np
@@ -14,7 +15,7 @@ from hiervl.modeling.text import ClassText, EmbeddingTable
 from hiervl.modeling.text.word_lists import read_definitions, read_lines, read_templates
 
 
-def unit(*shape, seed=0):
+def l2_normalize(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
@@ -26,14 +27,17 @@ def write(path, names, embeddings, **extra):
 @pytest.fixture
 def table(tmp_path):
     """Words a..h; "p" was embedded as "word p"."""
-    main = write(tmp_path / "main.npz", ["a", "b", "p"], unit(3, 16), texts=np.array(["a", "b", "word p"]))
-    extra = write(tmp_path / "extra.npz", ["c", "d", "e", "f", "g", "word p"],
-                  np.concatenate([unit(5, 16, seed=1), unit(3, 16)[2:]]))
+    main = write(tmp_path / "main.npz", ["a", "b", "p"], l2_normalize(3, 16), texts=np.array(["a", "b", "word p"]))
+    extra = write(
+        tmp_path / "extra.npz",
+        ["c", "d", "e", "f", "g", "word p"],
+        np.concatenate([l2_normalize(5, 16, seed=1), l2_normalize(3, 16)[2:]]),
+    )
     return EmbeddingTable(main, ["a", "b", "p"], extra=(extra,))
 
 
-def test_centring_spreads_the_cone():
-    cone = F.normalize(unit(6, 32) * 1.7 + torch.ones(32), dim=1)
+def test_centering_spreads_the_cone():
+    cone = F.normalize(l2_normalize(6, 32) * 1.7 + torch.ones(32), dim=1)
     text = ClassText(cone)()
     torch.testing.assert_close(text.norm(dim=1), torch.ones(6))
     off = ~torch.eye(6, dtype=torch.bool)
@@ -41,27 +45,27 @@ def test_centring_spreads_the_cone():
     torch.testing.assert_close(ClassText(cone, center=False)(), cone)
 
 
-def test_one_class_is_not_centred_away():
-    text = ClassText(unit(1, 8), adapter=True)
+def test_one_class_is_not_centerd_away():
+    text = ClassText(l2_normalize(1, 8), adapter=True)
     assert text().norm().item() == pytest.approx(1)
     assert language_loss(text(), text.anchors(), 0.1) == 0
 
 
 def test_the_checkpoint_holds_what_is_learned_and_no_class_dimension():
-    few, many = (ClassText(unit(n, 8), adapter=True).state_dict() for n in (3, 7))
+    few, many = (ClassText(l2_normalize(n, 8), adapter=True).state_dict() for n in (3, 7))
     assert {k: v.shape for k, v in few.items()} == {k: v.shape for k, v in many.items()}
-    assert set(ClassText(unit(3, 8)).state_dict()) == {"mean"}
+    assert set(ClassText(l2_normalize(3, 8)).state_dict()) == {"mean"}
 
 
 def test_a_checkpoint_of_another_width_is_refused(tmp_path):
-    torch.save(ClassText(unit(3, 8)).state_dict(), tmp_path / "w.pth")
+    torch.save(ClassText(l2_normalize(3, 8)).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w.pth: mean has shape \(8,\), this config needs \(16,\)"):
-        load_network(ClassText(unit(3, 16)), str(tmp_path / "w.pth"))
+        load_network(ClassText(l2_normalize(3, 16)), str(tmp_path / "w.pth"))
 
 
 def test_the_adapter_starts_as_the_identity_and_both_parts_learn():
     torch.manual_seed(0)
-    text, target = ClassText(unit(5, 16), adapter=True), unit(5, 16, seed=1)
+    text, target = ClassText(l2_normalize(5, 16), adapter=True), l2_normalize(5, 16, seed=1)
     torch.testing.assert_close(text(), text.anchors())
     change = text.adapter.out(F.gelu(text.adapter.hidden(text.anchors() * 4))) / 4
     assert 0.3 < change.norm(dim=1).mean() < 2  # so that gamma is about the relative length of the change
@@ -81,7 +85,7 @@ def test_the_adapter_starts_as_the_identity_and_both_parts_learn():
 
 
 def test_the_language_loss_is_least_at_the_anchors_and_pulls_back():
-    anchors = F.normalize(unit(6, 32) - unit(6, 32).mean(0), dim=1)
+    anchors = F.normalize(l2_normalize(6, 32) - l2_normalize(6, 32).mean(0), dim=1)
     moved = F.normalize(anchors + 0.8 * anchors.roll(1, 0), dim=1).requires_grad_()
     loss = language_loss(moved, anchors, 0.1)
     assert loss > language_loss(anchors, anchors, 0.1) + 0.02
@@ -90,7 +94,7 @@ def test_the_language_loss_is_least_at_the_anchors_and_pulls_back():
 
 
 def test_definitions_are_averaged_for_the_class_and_given_one_by_one(tmp_path):
-    vectors = unit(4, 16)
+    vectors = l2_normalize(4, 16)
     path = write(tmp_path / "d.npz", ["a", "a too", "b", "c"], vectors, class_index=np.array([0, 0, 1, 2]))
     text = ClassText(EmbeddingTable(path, ["A", "B", "C"]), ["A", "B", "C"], center=False)
     torch.testing.assert_close(text()[0], F.normalize(vectors[:2].mean(0), dim=0))
@@ -110,7 +114,7 @@ def test_definitions_from_a_file_of_the_config(table, tmp_path):
     (tmp_path / "d.yaml").write_text("b: [b, c]\n")
     table.definitions = read_definitions(str(tmp_path / "d.yaml"))
     text = ClassText(table, ["a", "b"], center=False)
-    torch.testing.assert_close(text()[1], F.normalize(unit(3, 16)[1] + unit(5, 16, seed=1)[0], dim=0))
+    torch.testing.assert_close(text()[1], F.normalize(l2_normalize(3, 16)[1] + l2_normalize(5, 16, seed=1)[0], dim=0))
     assert text.definitions()[1].tolist() == [0, 1, 1]
 
 
@@ -122,15 +126,18 @@ def test_other_classes_without_touching_a_weight(table):
     assert text.class_names == ["f", "b", "word p", "c"] and text().shape == (4, 16)
     assert all(torch.equal(value, before[name]) for name, value in text.state_dict().items())
     torch.testing.assert_close(text()[1], old[1])
-    torch.testing.assert_close(text.anchors()[0], F.normalize(unit(5, 16, seed=1)[3] - before["mean"], dim=0))
+    torch.testing.assert_close(text.anchors()[0], F.normalize(l2_normalize(5, 16, seed=1)[3] - before["mean"], dim=0))
 
 
-@pytest.mark.parametrize("names, message", [
-    (["a", "b", "a"], "class 'a' is given twice"),
-    (["a", "nowhere"], "main.npz: no text embedding for 'nowhere' .1 missing of 2"),
-    ([], "list of classes is empty"),
-    (["p", "word p"], "'p' and 'word p' have the same text embedding"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["a", "b", "a"], "class 'a' is given twice"),
+        (["a", "nowhere"], "main.npz: no text embedding for 'nowhere' .1 missing of 2"),
+        ([], "list of classes is empty"),
+        (["p", "word p"], "'p' and 'word p' have the same text embedding"),
+    ],
+)
 def test_lists_of_names_that_cannot_be(table, names, message):
     text = ClassText(table, ["a", "b"])
     with pytest.raises(UserError, match=message):
@@ -142,7 +149,7 @@ def test_distractors_leave_out_the_classes_and_the_words_they_stand_for(table):
     text = ClassText(table, ["a", "p"], distractors=["A", "b", "word p", "c", "g"], adapter=True)
     names, vectors = text.distractors()
     assert names == ["b", "c", "g"] and vectors.shape == (3, 16)
-    torch.testing.assert_close(vectors[1], F.normalize(unit(5, 16, seed=1)[0] - text.mean, dim=0))
+    torch.testing.assert_close(vectors[1], F.normalize(l2_normalize(5, 16, seed=1)[0] - text.mean, dim=0))
     text.set_classes(["a", "c"])
     assert text.distractors()[0] == ["b", "word p", "g"]
     assert ClassText(table, ["a", "b"]).distractors()[1].shape == (0, 16)
@@ -157,7 +164,7 @@ def test_an_unknown_distractor_is_named(table):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_does_not_reach_the_text(dtype):
-    text = ClassText(unit(4, 16), adapter=True, distractors=())
+    text = ClassText(l2_normalize(4, 16), adapter=True, distractors=())
     torch.nn.init.ones_(text.adapter.gamma)
     with torch.autocast("cpu", dtype):
         inside = [text(), text.anchors(), text.definitions()[0]]
@@ -184,8 +191,15 @@ def test_lists_of_lines(tmp_path):
         read_lines(str(path), "MODEL.TEXT.DISTRACTORS")
 
 
-@pytest.mark.parametrize("content, message", [("- a\n", "needs a line"), ("a: b\n", "'a' needs a list of texts"),
-                                              ("a: []\n", "'a' needs"), ("a: [", "not YAML")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("- a\n", "needs a line"),
+        ("a: b\n", "'a' needs a list of texts"),
+        ("a: []\n", "'a' needs"),
+        ("a: [", "not YAML"),
+    ],
+)
 def test_definitions_of_another_structure(tmp_path, content, message):
     (tmp_path / "d.yaml").write_text(content)
     with pytest.raises(UserError, match=f"d.yaml.*{message}"):
@@ -199,7 +213,7 @@ def test_extra_files_need_a_file():
 
 
 def test_context_tokens_need_a_tower(tmp_path):
-    path = write(tmp_path / "e.npz", ["a", "b"], unit(2, 16))
+    path = write(tmp_path / "e.npz", ["a", "b"], l2_normalize(2, 16))
     cfg = load_config("", ["MODEL.TEXT.EMBEDDINGS", path, "MODEL.TEXT.CONTEXT_TOKENS", 8])
     with pytest.raises(UserError, match="MODEL.TEXT.CONTEXT_TOKENS: needs a CLIP text tower"):
         ClassText(cfg, ["a", "b"])

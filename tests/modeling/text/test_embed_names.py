@@ -1,4 +1,5 @@
 """datasets/embed_names.py writes what MODEL.TEXT.EMBEDDINGS reads."""
+
 import importlib.util
 import sys
 import types
@@ -63,8 +64,12 @@ def test_neither_the_names_nor_a_file_of_another_hand_is_overwritten(tool, tmp_p
     source.write_text("car\n")
     np.savez(other, mine=np.zeros(3))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for out, words in ((source, "one of the files to read"), (tmp_path / "names", "one of the files to read"),
-                       (other, "is already there"), (tmp_path / "mine", "is already there")):
+    for out, words in (
+        (source, "one of the files to read"),
+        (tmp_path / "names", "one of the files to read"),
+        (other, "is already there"),
+        (tmp_path / "mine", "is already there"),
+    ):
         with pytest.raises(SystemExit, match=f"{out.name}.* {words}.* --out"):
             tool.main(["--tower", "none", "--names", str(source), "--out", str(out)])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,4 +1,5 @@
 """Embeddings looked up in files."""
+
 import numpy as np
 import pytest
 import torch
@@ -40,13 +41,16 @@ def test_scores_are_cosines_times_a_bounded_scale():
     assert logits.shape == (2, 3, 6) and logits.abs().max() <= 100.001
 
 
-@pytest.mark.parametrize("names, rows, message", [
-    (["car"], np.eye(1), "no text embedding for 'sky'"),
-    (["car", "sky"], np.zeros((2, 4)), "embedding of 'car' is zero or not finite"),
-    (["car", "sky"], [[1, 0], [np.nan, 1]], "embedding of 'sky' is zero or not finite"),
-    (["car", "sky"], np.eye(3), "shape .3, 3., 2 names need"),
-    (["car", "sky"], np.ones(2), "shape .2,., 2 names need"),
-])
+@pytest.mark.parametrize(
+    "names, rows, message",
+    [
+        (["car"], np.eye(1), "no text embedding for 'sky'"),
+        (["car", "sky"], np.zeros((2, 4)), "embedding of 'car' is zero or not finite"),
+        (["car", "sky"], [[1, 0], [np.nan, 1]], "embedding of 'sky' is zero or not finite"),
+        (["car", "sky"], np.eye(3), "shape .3, 3., 2 names need"),
+        (["car", "sky"], np.ones(2), "shape .2,., 2 names need"),
+    ],
+)
 def test_files_that_do_not_fit(tmp_path, names, rows, message):
     with pytest.raises(UserError, match=message):
         embed(write(tmp_path / "e.npz", names, rows), ["car", "sky"])
@@ -78,15 +82,31 @@ def test_missing_and_foreign_files(tmp_path):
 
 def camvid_text(**changes):
     folder = shared_file("clip_text/camvid11.npz").removesuffix("camvid11.npz")
-    extra = tuple(f"{folder}{name}.npz" for name in (
-        "ade150", "coco81", "voc21", "cityscapes19", "cityscapes19_definitions", "voc21_definitions"))
+    extra = tuple(
+        f"{folder}{name}.npz"
+        for name in ("ade150", "coco81", "voc21", "cityscapes19", "cityscapes19_definitions", "voc21_definitions")
+    )
     options = {"EMBEDDINGS": f"{folder}camvid11.npz", "EXTRA_EMBEDDINGS": extra, **changes}
     cfg = load_config("", [x for name, value in options.items() for x in (f"MODEL.TEXT.{name}", value)])
-    return ClassText(cfg, ["sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car",
-                           "pedestrian", "bicyclist"])
+    return ClassText(
+        cfg,
+        [
+            "sky",
+            "building",
+            "pole",
+            "road",
+            "pavement",
+            "tree",
+            "sign symbol",
+            "fence",
+            "car",
+            "pedestrian",
+            "bicyclist",
+        ],
+    )
 
 
-def test_real_clip_embeddings_after_centring():
+def test_real_clip_embeddings_after_centering():
     text = camvid_text()
     off = ~torch.eye(11, dtype=torch.bool)
     assert (text.raw @ text.raw.t())[off].mean() > 0.7
@@ -108,7 +128,20 @@ def test_distractors_of_camvid():
 
 def test_other_words_for_camvids_classes():
     text = camvid_text()
-    text.set_classes(["sky", "house", "sign pole", "street", "sidewalk", "vegetation", "parking sign", "hole in fence",
-                      "SUV", "people", "cyclist"])
+    text.set_classes(
+        [
+            "sky",
+            "house",
+            "sign pole",
+            "street",
+            "sidewalk",
+            "vegetation",
+            "parking sign",
+            "hole in fence",
+            "SUV",
+            "people",
+            "cyclist",
+        ]
+    )
     assert text().shape == (11, 512)
     assert ((text.anchors() @ camvid_text().anchors().t()).argmax(1) == torch.arange(11)).sum() >= 8

@@ -1,4 +1,5 @@
 """Text embeddings from an open_clip tower: ensemble, context tokens, long names, cache, weights that cannot be had."""
+
 import copy
 import json
 
@@ -22,6 +23,7 @@ NAMES = ["sky", "traffic sign", "person riding a bicycle"]
 def make_tower(tower_model, tmp_path):
     def make(**options):
         return TextTower(tower_model, "", **{"cache": str(tmp_path / "cache"), **options})
+
     return make
 
 
@@ -30,6 +32,7 @@ def make_text(tower_model, tmp_path):
     def make(names=NAMES, **options):
         options = {"MODEL": tower_model, "CACHE": str(tmp_path / "cache"), **options}
         return ClassText(load_config("", [x for k, v in options.items() for x in (f"MODEL.TEXT.{k}", v)]), names)
+
     return make
 
 
@@ -45,7 +48,7 @@ def test_one_template_is_what_open_clip_computes(make_tower, tower_model):
     torch.testing.assert_close(embed(make_tower(), NAMES), expected)
 
 
-def test_an_ensemble_is_the_normalised_mean(make_tower, monkeypatch):
+def test_an_ensemble_is_the_normalized_mean(make_tower, monkeypatch):
     templates = ("a photo of a {}", "{} seen from afar", "one {}")
     parts = torch.stack([embed(make_tower(templates=(t,)), NAMES) for t in templates])
     expected = F.normalize(parts.mean(0), dim=1)
@@ -117,16 +120,18 @@ def test_context_in_evaluation_is_computed_once_per_context(make_text, monkeypat
         assert not torch.equal(text(), first) and len(calls) == 2
         text.set_classes(["road", "sky"])
         assert text().shape == (2, 24) and len(calls) == 3
-    torch.testing.assert_close(text()[1], F.normalize(text.source.embed_in_context(
-        ["sky"], text.context_embed.weight)[0] - text.mean, dim=0))
+    torch.testing.assert_close(
+        text()[1], F.normalize(text.source.embed_in_context(["sky"], text.context_embed.weight)[0] - text.mean, dim=0)
+    )
 
 
 def test_definitions_and_distractors(make_text, tmp_path):
     (tmp_path / "d.yaml").write_text("sky: [sky, blue sky, clouds]\n")
     (tmp_path / "w.txt").write_text("banana\nsky\nzebra\n")
     for context in (0, 4):
-        text = make_text(DEFINITIONS=str(tmp_path / "d.yaml"), DISTRACTORS=str(tmp_path / "w.txt"),
-                         CONTEXT_TOKENS=context)
+        text = make_text(
+            DEFINITIONS=str(tmp_path / "d.yaml"), DISTRACTORS=str(tmp_path / "w.txt"), CONTEXT_TOKENS=context
+        )
         rows, index = text.definitions()
         assert rows.shape == (5, 24) and index.tolist() == [0, 0, 0, 1, 2] and text().shape == (3, 24)
         names, vectors = text.distractors()
@@ -173,7 +178,7 @@ def test_a_broken_cache_is_made_anew(make_tower, tmp_path, damage, caplog):
         rows = expected.numpy() if damage == "other" else expected.numpy() * np.nan
         np.savez(path, texts=np.array(["x", "y", "z"] if damage == "other" else NAMES), embeddings=rows)
     else:
-        path.write_bytes(whole[:len(whole) // 2] if damage == "cut" else b"")
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
     assert torch.equal(embed(make_tower(), NAMES), expected)
     assert "is made anew" in caplog.text
     caplog.clear()
@@ -214,6 +219,7 @@ def test_weights_from_a_file(make_tower, tiny_name, tower_folder, tmp_path):
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Failed to download weights\nfor tag 'openai': no network")
+
     monkeypatch.setattr(open_clip, "create_model", fail)
     with pytest.raises(UserError) as error:
         load_clip("ViT-B-16", "openai", "MODEL.TEXT")

@@ -1,4 +1,5 @@
 """A run whose text and image towers are CLIP's: what is learned of the text is trained, kept and restored."""
+
 import torch
 
 from hiervl.semi.trainer import SemiSupervisedTrainer
@@ -7,11 +8,34 @@ from tests.semi.conftest import make_cfg, shapes_root  # noqa: F401  (fixtures)
 
 def test_context_adapter_and_image_tower_train_and_resume(make_cfg, tower_model, tmp_path):  # noqa: F811
     def trainer(iterations):
-        return SemiSupervisedTrainer(make_cfg(
-            "MODEL.TEXT.EMBEDDINGS", "", "MODEL.TEXT.MODEL", tower_model, "MODEL.TEXT.CACHE", str(tmp_path / "cache"),
-            "MODEL.TEXT.CONTEXT_TOKENS", 4, "MODEL.TEXT.ADAPTER", True, "MODEL.BACKBONE.NAME", "CLIPBackbone",
-            "MODEL.BACKBONE.CLIP.MODEL", tower_model, "MODEL.BACKBONE.ATTENTION_ONLY", True,
-            "SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 2, "SEMI.BURN_IN", 1, "TEST.EVAL_PERIOD", 0))
+        return SemiSupervisedTrainer(
+            make_cfg(
+                "MODEL.TEXT.EMBEDDINGS",
+                "",
+                "MODEL.TEXT.MODEL",
+                tower_model,
+                "MODEL.TEXT.CACHE",
+                str(tmp_path / "cache"),
+                "MODEL.TEXT.CONTEXT_TOKENS",
+                4,
+                "MODEL.TEXT.ADAPTER",
+                True,
+                "MODEL.BACKBONE.NAME",
+                "CLIPBackbone",
+                "MODEL.BACKBONE.CLIP.MODEL",
+                tower_model,
+                "MODEL.BACKBONE.ATTENTION_ONLY",
+                True,
+                "SOLVER.MAX_ITER",
+                iterations,
+                "SOLVER.CHECKPOINT_PERIOD",
+                2,
+                "SEMI.BURN_IN",
+                1,
+                "TEST.EVAL_PERIOD",
+                0,
+            )
+        )
 
     first = trainer(2)
     before = {name: value.clone() for name, value in first.student.state_dict().items()}

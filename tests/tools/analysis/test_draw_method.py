@@ -1,4 +1,5 @@
 """Every figure of docs/how-it-works.md can be drawn of any network with the language modules."""
+
 import cv2
 import numpy as np
 import torch

@@ -1,4 +1,5 @@
 """The maps' quality by hand, what is switched off meanwhile, and the command."""
+
 import json
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from hiervl.modeling.inference import Probabilities
 from tests.test_train_net import TINY
 from tools.analysis import measure_alignment as tool
 
+
 def test_quality_of_a_map():
     label = np.zeros((40, 40), np.uint8)
     label[:, 20:] = 1
@@ -26,33 +28,37 @@ def test_quality_of_a_map():
 
 
 class Stub:
-    """A network that is right, and whose pixel-text scores are right where its maps are guided."""
+    """A network that is right, and whose pixel-text similarity are right where its maps are guided."""
 
     num_classes, device = 2, torch.device("cpu")
 
-    def __init__(self, label, flows):
+    def __init__(self, label, feature_exchange):
         self.truth = torch.nn.functional.one_hot(torch.from_numpy(label).long(), 2).permute(2, 0, 1)[None].float()
-        self.alignment, self.asked = SimpleNamespace(guided=True, flows=flows), []
+        self.alignment, self.asked = SimpleNamespace(guided_upsampling=True, feature_exchange=feature_exchange), []
 
     def predict(self, image):
-        self.asked.append((self.alignment.guided, self.alignment.flows))
-        scores = self.truth[..., ::4, ::4] if self.alignment.guided else torch.zeros(1, 2, 8, 8)
+        self.asked.append((self.alignment.guided_upsampling, self.alignment.feature_exchange))
+        scores = self.truth[..., ::4, ::4] if self.alignment.guided_upsampling else torch.zeros(1, 2, 8, 8)
         return Probabilities(self.truth, torch.tensor([[0, 1]]), 2, pixel_text=scores)
 
 
-@pytest.mark.parametrize("flows", [True, False])
-def test_each_part_is_switched_off_and_on_again(tmp_path, flows):
+@pytest.mark.parametrize("feature_exchange", [True, False])
+def test_each_part_is_switched_off_and_on_again(tmp_path, feature_exchange):
     label = np.zeros((32, 32), np.uint8)
     label[:16] = 1
     cv2.imwrite(str(tmp_path / "label.png"), label)
-    network = Stub(label, flows)
-    sample = {"image": torch.zeros(3, 32, 32), "sem_seg_file_name": str(tmp_path / "label.png"),
-              "height": 32, "width": 32}
+    network = Stub(label, feature_exchange)
+    sample = {
+        "image": torch.zeros(3, 32, 32),
+        "sem_seg_file_name": str(tmp_path / "label.png"),
+        "height": 32,
+        "width": 32,
+    }
     rows = tool.measure(network, [sample], 255)
-    assert network.asked == [(True, flows), (False, flows), (True, False)]
-    assert network.alignment == SimpleNamespace(guided=True, flows=flows)
+    assert network.asked == [(True, feature_exchange), (False, feature_exchange), (True, False)]
+    assert network.alignment == SimpleNamespace(guided_upsampling=True, feature_exchange=feature_exchange)
     assert [row["probabilities, mIoU"] for row in rows] == [100, 100, 100]
-    assert [row["pixel-text scores, mIoU"] for row in rows] == [100, 25, 100]
+    assert [row["pixel-text similarity, mIoU"] for row in rows] == [100, 25, 100]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """The tool counts the right pairs, books a pixel that a distractor takes as a miss, and leaves every weight alone."""
+
 import json
 
 import cv2
@@ -33,7 +34,7 @@ class Fake:
         self.class_names, self.num_classes = names, len(names)
 
     def text(self):
-        return torch.eye(8)[:len(self.class_names)]
+        return torch.eye(8)[: len(self.class_names)]
 
     def predict(self, images):
         strength = {"sky": (0.8, 0.0), "road": (0.1, 0.5), "street": (0.0, 0.7)}
@@ -60,13 +61,13 @@ def samples(tmp_path):
 
 
 def test_a_pixel_that_a_distractor_takes_is_a_miss(samples):
-    measurement = tool.Measurement(Fake(), NAMES, samples, seen=["piano"], keep=3)
+    measurement = tool.Measurement(Fake(), NAMES, samples, trained=["piano"], top_k=3)
     assert measurement.network.trained_names == {"sky", "road", "piano"}
     alone = measurement.evaluate(NAMES)
     assert alone.miou == 100 and alone.other_share == 0
     many = measurement.evaluate(NAMES, ["piano", "street"])
     assert many.iou == [100, 0] and many.miou == 50
-    assert many.other_share == pytest.approx(100 * 24 / 72)  # the first image's right half, of 48 + 24 labelled pixels
+    assert many.other_share == pytest.approx(100 * 24 / 72)  # the first image's right half, of 48 + 24 labeled pixels
     assert many.kept.tolist() == [[True, True, False, True]] * 2
     assert many.leading.sum(1).tolist() == [3, 3] and many.relevance[0, 2] == pytest.approx(0.01)
 
@@ -76,8 +77,15 @@ def test_other_words_and_permuted_ones(samples):
     original = measurement.evaluate(NAMES)
     rows, words = tool.renamed(measurement, {"other": ["sky", "street"], "permuted": ["road", "sky"]}, original)
     assert [row["% of the original"] for row in rows] == [100, 0] and [row["changed"] for row in rows] == [1, 2]
-    assert words[0] == {"names": "other", "class": "road", "word": "street", "cosine": 1.0,
-                        "relevance where present": pytest.approx(0.9), "IoU": 100, "IoU of the original": 100}
+    assert words[0] == {
+        "names": "other",
+        "class": "road",
+        "word": "street",
+        "cosine": 1.0,
+        "relevance where present": pytest.approx(0.9),
+        "IoU": 100,
+        "IoU of the original": 100,
+    }
 
 
 def test_chance_knows_frequencies_only():
@@ -97,8 +105,8 @@ def test_suppression_counts_pairs_of_image_and_word():
     assert [row["pairs"] for row in rows.values()] == [3, 1, 2, 2]
     seen, unseen = rows["distractors seen in training"], rows["distractors not seen"]
     assert rows["classes, present"]["kept"] == 100 and rows["classes, present"]["outranked by present"] is None
-    assert seen["below MIN_RELEVANCE"] == 50 and seen["kept"] == 50 and seen["not among KEEP"] == 100
-    assert unseen["mean relevance"] == pytest.approx(0.4) and unseen["not among KEEP"] == 0
+    assert seen["below MIN_RELEVANCE"] == 50 and seen["kept"] == 50 and seen["not among the top k"] == 100
+    assert unseen["mean relevance"] == pytest.approx(0.4) and unseen["not among the top k"] == 0
     # Unseen: 0.9 > 0.3, 0.8 > 0.5, but not 0.4 > 0.5.
     assert unseen["outranked by present"] == pytest.approx(200 / 3) and seen["outranked by present"] == 100
 
@@ -106,7 +114,7 @@ def test_suppression_counts_pairs_of_image_and_word():
 def test_a_real_network_keeps_its_weights(samples):
     network = make_network(classes=2, kind="hiervl", embeddings=torch.randn(5, TEXT_DIM)).eval()
     words = [f"class {k}" for k in range(5)]
-    measurement = tool.Measurement(network, words[:2], samples, seen=words[2:3])
+    measurement = tool.Measurement(network, words[:2], samples, trained=words[2:3])
     original = measurement.evaluate(words[:2])
     rows, found = tool.enlarged(measurement, words[2:], [1, 9], original)
     assert [row["words"] for row in rows] == [2, 3, 5]
@@ -116,11 +124,14 @@ def test_a_real_network_keeps_its_weights(samples):
         measurement.evaluate(words[:2])
 
 
-@pytest.mark.parametrize("text, message", [
-    ("first: {sky: heaven, rode: street}", "'rode' in the list 'first' is not a class"),
-    ("sky: heaven", "needs lists of the form"),
-    ("{", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("first: {sky: heaven, rode: street}", "'rode' in the list 'first' is not a class"),
+        ("sky: heaven", "needs lists of the form"),
+        ("{", "cannot be read"),
+    ],
+)
 def test_wrong_synonyms(tmp_path, text, message):
     path = tmp_path / "words.yaml"
     path.write_text(text)
@@ -130,6 +141,7 @@ def test_wrong_synonyms(tmp_path, text, message):
 
 def test_synonyms_of_camvid_are_at_hand():
     from detectron2.data import MetadataCatalog
+
     lists = tool.read_synonyms("datasets/synonyms_camvid.yaml", MetadataCatalog.get("camvid_val").stuff_classes)
     assert len(lists) == 3 and all(len(set(words)) == 11 for words in lists.values())
 
@@ -139,8 +151,18 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     generate(str(tmp_path / "shapes"), num_train=5, num_val=2, size=64, seed=0, labeled=(4,))
     (tmp_path / "words.yaml").write_text("swapped: {red disc: red ring, red ring: red disc}")
     shared = {"output": str(tmp_path / "out"), "synonyms": str(tmp_path / "words.yaml")}
-    call = ["--config-file", "configs/shapes_supervised.yaml", "--unseen", "", "--synonyms", shared["synonyms"],
-            "--output", shared["output"], "--opts", *TINY]
+    call = [
+        "--config-file",
+        "configs/shapes_supervised.yaml",
+        "--unseen",
+        "",
+        "--synonyms",
+        shared["synonyms"],
+        "--output",
+        shared["output"],
+        "--opts",
+        *TINY,
+    ]
     assert tool.main(call) == 2 and "MODEL.WEIGHTS is empty" in capsys.readouterr().err
     weights = str(tmp_path / "network.pth")
     args = tool.parse_args(call)

@@ -1,4 +1,5 @@
 """Used, duplicate and finding queries, counted by hand; and the command on a data set with instances."""
+
 import json
 
 import cv2
@@ -37,8 +38,14 @@ def test_queries_are_counted():
 
 def test_an_image_in_which_nothing_is_used():
     counts = tool.Counts(np.zeros(2, np.int64))
-    tool.count(counts, torch.zeros(2, dtype=torch.long), torch.zeros(2), boxes((0, 0, 4, 4), (0, 0, 4, 4)),
-               [(0, boxes((0, 0, 4, 4))[0])], overlap=0.7)
+    tool.count(
+        counts,
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(2),
+        boxes((0, 0, 4, 4), (0, 0, 4, 4)),
+        [(0, boxes((0, 0, 4, 4))[0])],
+        overlap=0.7,
+    )
     table = counts.table()
     assert table["% of them never used"] == 100
     assert table["% of objects found, any class"] == table["mean best IoU, %"] == 0
@@ -64,8 +71,18 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     generate(str(tmp_path / "shapes"), num_train=5, num_val=2, size=72, seed=0, labeled=(4,))  # 72: with padding
     weights = str(tmp_path / "network.pth")
     for semantic in ("True", "False"):
-        call = ["--config-file", "configs/shapes_supervised.yaml", "--output", str(tmp_path / "out"), "--opts", *TINY,
-                "MODEL.DECODER.SEMANTIC", semantic, "MODEL.CRITERION.SEMANTIC_MATCHING", "fixed"]
+        call = [
+            "--config-file",
+            "configs/shapes_supervised.yaml",
+            "--output",
+            str(tmp_path / "out"),
+            "--opts",
+            *TINY,
+            "MODEL.DECODER.SEMANTIC",
+            semantic,
+            "MODEL.CRITERION.SEMANTIC_MATCHING",
+            "fixed",
+        ]
         args = tool.parse_args(call)
         cfg = tool.trained.read_config(args.config_file, args.opts)
         torch.save({"model": build_model(cfg).state_dict()}, weights)

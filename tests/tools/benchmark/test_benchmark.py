@@ -1,4 +1,5 @@
 """The benchmark's own arithmetic: what it counts, and that what it compares does the same work."""
+
 import argparse
 
 import numpy as np
@@ -53,8 +54,13 @@ def test_the_matcher_per_image_finds_the_same_pairs():
     torch.manual_seed(0)
     own = HungarianMatcher(2.0, 5.0, 5.0)
     segments = torch.randint(-1, 3, (2, 50))
-    arguments = (torch.randn(3, 2, 6, 5), 3 * torch.randn(3, 2, 6, 50), segments, (segments >= 0).float(),
-                 [torch.tensor([0, 2, 3]), torch.tensor([1, 2, 2])])
+    arguments = (
+        torch.randn(3, 2, 6, 5),
+        3 * torch.randn(3, 2, 6, 50),
+        segments,
+        (segments >= 0).float(),
+        [torch.tensor([0, 2, 3]), torch.tensor([1, 2, 2])],
+    )
     pairs = [set(zip(*(x.tolist() for x in matcher(*arguments)))) for matcher in (own, PerImageMatcher(own))]
     assert pairs[0] == pairs[1] and len(pairs[0]) == 3 * 2 * 3
 
@@ -95,13 +101,20 @@ def test_every_part_has_its_module():
 
     options = benchmark.make_parser().parse_args([])
     assert options.part == "all" and set(benchmark.PARTS) == {
-        "op", "step", "inference", "matcher", "evaluation", "scaling", "prepare"}
+        "op",
+        "step",
+        "inference",
+        "matcher",
+        "evaluation",
+        "scaling",
+        "prepare",
+    }
 
 
 def test_preparation_is_measured_by_running_the_script(monkeypatch):
     from tools.benchmark import prepare as bench
 
     monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
-    (_, rows), = bench.run(argparse.Namespace(masks=3))[0].items()
+    ((_, rows),) = bench.run(argparse.Namespace(masks=3))[0].items()
     assert [row["processes"] for row in rows] == [1, 1]
     assert all(row["images/s"] > 0 and row["peak MB"] > 50 for row in rows)

@@ -1,4 +1,5 @@
 """Controls: vectors without a meaning, and names with another one's meaning."""
+
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from tests.test_train_net import TINY
 
 
 def make(control):
-    options = ["MODEL.TEXT.CONTROL", control, "MODEL.TEXT.CENTER", False]
+    options = ["MODEL.TEXT.ABLATION", control, "MODEL.TEXT.CENTER", False]
     cfg = load_config("configs/shapes_supervised.yaml", [*TINY, *options])
     return ClassText(cfg, ["background", "red disc", "red ring", "blue ring"])
 
@@ -39,5 +40,5 @@ def test_permuted_texts_belong_to_the_next_class():
 
 
 def test_an_unknown_control():
-    with pytest.raises(UserError, match="MODEL.TEXT.CONTROL: 'shuffled'"):
+    with pytest.raises(UserError, match="MODEL.TEXT.ABLATION: 'shuffled'"):
         make("shuffled")

@@ -1,4 +1,4 @@
-"""Draws which images of a data set are labelled: uniform or balanced over classes, by seed, nested."""
+"""Draws which images of a data set are labeled: uniform or balanced over classes, by seed, nested."""
 
 import functools
 import os
@@ -16,33 +16,33 @@ from .files import list_line, read_lines, write_lines
 from .parallel import parallel
 
 
-def draw_splits(part: str, counts: Sequence[int], seeds: Sequence[int], out: str, *, balanced: bool = False,
+def sample_splits(part: str, counts: Sequence[int], seeds: Sequence[int], out: str, *, balanced: bool = False,
                 workers: int = 1) -> list[str]:
     """Writes ``<out>/seed{s}/{n}/labeled.txt`` and ``unlabeled.txt`` for every seed and count.
 
-    Within a seed the labelled images of a smaller count are among those of a larger one. Uniform draws follow the
+    Within a seed the labeled images of a smaller count are among those of a larger one. Uniform draws follow the
     rule of the CamVid splits: the sorted list, shuffled with ``random.Random(seed)``, the first n.
 
     Args:
         part: a registered part whose list names masks, such as ``camvid_train``.
-        counts: numbers of labelled images.
-        balanced: next is always an image that shows the class with the fewest labelled images so far.
+        counts: numbers of labeled images.
+        balanced: next is always an image that shows the class with the fewest labeled images so far.
         workers: processes that read the masks for that.
 
     Returns:
         the folders written.
 
     Raises:
-        UserError: an unknown part, a count that leaves nothing labelled or unlabelled, an image without a mask, a
+        UserError: an unknown part, a count that leaves nothing labeled or unlabeled, an image without a mask, a
             list that is there, says something else and was not drawn by this tool.
     """
     index = dataset_index(part)
     entries = sorted((list_line(*pair), i) for i, pair in enumerate(index.all_names()))
     for count in counts:
         if not 0 < count < len(entries):
-            raise UserError(f"{part} has {len(entries)} images; {count} labelled ones leave nothing to draw")
+            raise UserError(f"{part} has {len(entries)} images; {count} labeled ones leave nothing to draw")
     if any(not mask for _, mask in index.all_names()):
-        raise UserError(f"{part}: images without a mask are in its list, which cannot be drawn to be labelled")
+        raise UserError(f"{part}: images without a mask are in its list, which cannot be drawn to be labeled")
     lines = [line for line, _ in entries]
     shown = _classes_shown(index, [i for _, i in entries], part, workers) if balanced else None
     lists: dict[str, list[str]] = {}
@@ -67,7 +67,7 @@ def _write(lists: dict[str, list[str]], out: str) -> None:
 
 
 def uniform_order(count: int, seed: int) -> list[int]:
-    """Positions of a sorted list in the order in which they become labelled."""
+    """Positions of a sorted list in the order in which they become labeled."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
@@ -83,16 +83,16 @@ def balanced_order(shown: np.ndarray, seed: int, wanted: int) -> list[int]:
     """
     order = np.array(uniform_order(len(shown), seed))
     waiting = [iter(order[shown[order, k]]) for k in range(shown.shape[1])]
-    open_classes, labelled = set(range(shown.shape[1])), np.zeros(shown.shape[1], int)
+    open_classes, labeled = set(range(shown.shape[1])), np.zeros(shown.shape[1], int)
     taken: dict[int, None] = {}  # a set that keeps its order
     while len(taken) < wanted and open_classes:
-        scarce = min(open_classes, key=lambda k: (labelled[k], k))
+        scarce = min(open_classes, key=lambda k: (labeled[k], k))
         image = next((int(i) for i in waiting[scarce] if i not in taken), None)
         if image is None:
             open_classes.remove(scarce)  # every image that shows it is taken
         else:
             taken[image] = None
-            labelled += shown[image]
+            labeled += shown[image]
     return [*taken, *(int(i) for i in order if i not in taken)]
 
 

@@ -1,4 +1,5 @@
-"""Texts that mean nothing, for control experiments (MODEL.TEXT.CONTROL): what remains of what language brings?"""
+"""Texts that mean nothing, for control experiments (MODEL.TEXT.ABLATION): what remains of what language brings?"""
+
 import zlib
 
 import torch
@@ -38,14 +39,14 @@ class PermutedTexts:
         return self._source.words(self._other.get(name, name))
 
 
-def with_control(source, control: str, class_names: list):
+def ablate_texts(source, control: str, class_names: list):
     """The source itself for "none".
 
     Raises:
         UserError: an unknown control.
     """
     if control not in ("none", "random", "permuted"):
-        raise UserError(f"MODEL.TEXT.CONTROL: {control!r} is not one of none, random, permuted.")
+        raise UserError(f"MODEL.TEXT.ABLATION: {control!r} is not one of none, random, permuted.")
     if control == "random":
         return RandomTexts(source)
     return PermutedTexts(source, list(class_names)) if control == "permuted" else source
