@@ -1,4 +1,5 @@
 """Runs the scripts of datasets/ as a user does, without starting a process for each."""
+
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "datasets"
 @pytest.fixture
 def run(capsys):
     """``run("prepare_coco", "--check", …)`` -> status, out, err."""
+
     def call(script, *argv):
         spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
@@ -18,6 +20,7 @@ def run(capsys):
         capsys.readouterr()
         status = module.main([str(arg) for arg in argv])
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
     return call
 
 

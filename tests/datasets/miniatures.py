@@ -1,4 +1,5 @@
 """The benchmarks in their official layouts, three to six images each: file names, json, .mat, palettes, polygons."""
+
 import json
 
 import numpy as np
@@ -39,10 +40,22 @@ def coco(root):
     train = [
         {"id": 1, "image_id": 9, "category_id": 18, "iscrowd": 0, "area": 16, "segmentation": [box(6, 6, 10, 10)]},
         {"id": 2, "image_id": 9, "category_id": 1, "iscrowd": 0, "area": 320, "segmentation": [box(2, 2, 18, 22)]},
-        {"id": 3, "image_id": 9, "category_id": 1, "iscrowd": 1, "area": 288,
-         "segmentation": {"size": list(SIZE), "counts": lengths}},
-        {"id": 4, "image_id": 30, "category_id": 47, "iscrowd": 0, "area": 288,
-         "segmentation": {"size": list(SIZE), "counts": packed["counts"].decode()}},
+        {
+            "id": 3,
+            "image_id": 9,
+            "category_id": 1,
+            "iscrowd": 1,
+            "area": 288,
+            "segmentation": {"size": list(SIZE), "counts": lengths},
+        },
+        {
+            "id": 4,
+            "image_id": 30,
+            "category_id": 47,
+            "iscrowd": 0,
+            "area": 288,
+            "segmentation": {"size": list(SIZE), "counts": packed["counts"].decode()},
+        },
     ]
     val = [{"id": 5, "image_id": 139, "category_id": 47, "iscrowd": 0, "area": 9, "segmentation": [box(0, 0, 3, 3)]}]
     for folder, ids, annotations in (("train2017", (9, 25, 30), train), ("val2017", (139,), val)):
@@ -51,8 +64,17 @@ def coco(root):
             photo(root / folder / f"{i:012d}.jpg", i)
         path = root / "annotations" / f"instances_{folder}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"info": {"year": 2017}, "licenses": [], "images": images,
-                                    "annotations": annotations, "categories": categories}))
+        path.write_text(
+            json.dumps(
+                {
+                    "info": {"year": 2017},
+                    "licenses": [],
+                    "images": images,
+                    "annotations": annotations,
+                    "categories": categories,
+                }
+            )
+        )
 
 
 def voc(root, sbd):
@@ -65,8 +87,11 @@ def voc(root, sbd):
         if seed < 2:
             indexed(root / "SegmentationClass" / f"{name}.png", ids, palette)
         (sbd / "dataset" / "cls").mkdir(parents=True, exist_ok=True)
-        fields = {"Boundaries": np.zeros((20, 1), object), "Segmentation": np.full(SIZE, 7, np.uint8),
-                  "CategoriesPresent": np.uint8(7)}
+        fields = {
+            "Boundaries": np.zeros((20, 1), object),
+            "Segmentation": np.full(SIZE, 7, np.uint8),
+            "CategoriesPresent": np.uint8(7),
+        }
         savemat(sbd / "dataset" / "cls" / f"{name}.mat", {"GTcls": fields})
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -86,8 +111,9 @@ def ade20k(root):
 def cityscapes(root):
     """Three training images of two cities and one for validation: a road, two cars, a group of cars, and what is not
     evaluated."""
-    for i, (folder, city) in enumerate([("train", "aachen"), ("train", "aachen"), ("train", "zurich"),
-                                        ("val", "frankfurt")]):
+    for i, (folder, city) in enumerate(
+        [("train", "aachen"), ("train", "aachen"), ("train", "zurich"), ("val", "frankfurt")]
+    ):
         stem = f"{city}_{i:06d}_000019"
         photo(root / "leftImg8bit" / folder / city / f"{stem}_leftImg8bit.png", i)
         labels = np.full(SIZE, 7, np.uint8)
@@ -99,14 +125,18 @@ def cityscapes(root):
         indexed(base / f"{stem}_gtFine_instanceIds.png", instances)
         photo(base / f"{stem}_gtFine_color.png", i)
         polygon = {"label": "car", "polygon": [[0, 4], [10, 4], [10, 8], [0, 8]]}
-        (base / f"{stem}_gtFine_polygons.json").write_text(json.dumps(
-            {"imgHeight": SIZE[0], "imgWidth": SIZE[1], "objects": [polygon]}))
+        (base / f"{stem}_gtFine_polygons.json").write_text(
+            json.dumps({"imgHeight": SIZE[0], "imgWidth": SIZE[1], "objects": [polygon]})
+        )
 
 
 def camvid(source):
     """Three training images, one for validation, one to test; ids 0 to 11; lists with someone else's folders."""
-    names = {"train": ("0001TP_006690", "0016E5_00390", "0006R0_f01020"), "val": ("0016E5_07959",),
-             "test": ("0001TP_008550",)}
+    names = {
+        "train": ("0001TP_006690", "0016E5_00390", "0006R0_f01020"),
+        "val": ("0016E5_07959",),
+        "test": ("0001TP_008550",),
+    }
     for folder, stems in names.items():
         lines = []
         for i, stem in enumerate(stems):

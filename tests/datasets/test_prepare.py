@@ -1,4 +1,5 @@
 """Every benchmark, in miniature: prepare, check, prepare again, register, load, train one iteration, evaluate."""
+
 import numpy as np
 import pytest
 from detectron2.engine import default_argument_parser
@@ -15,6 +16,7 @@ from . import miniatures
 @pytest.fixture
 def prepare(run, data_root, tmp_path):
     """``prepare(name, *options)`` runs its script on its miniature."""
+
     def call(name, *options):
         folder = data_root / table_of(f"{name}_train").folder
         extra = {"camvid": ("--source", tmp_path / "CamVid"), "voc": ("--sbd", tmp_path / "SBD")}.get(name, ())
@@ -22,6 +24,7 @@ def prepare(run, data_root, tmp_path):
             other = {"camvid": [tmp_path / "CamVid"], "voc": [folder, tmp_path / "SBD"]}.get(name, [folder])
             getattr(miniatures, name)(*other)
         return run(f"prepare_{name}", "--partial", "--workers", 1, *extra, *options)
+
     return call
 
 
@@ -120,32 +123,86 @@ def test_official_numbers_are_asked_for(run, data_root):
     assert result.status == 1 and "ade20k_train: 2 images were found" in result.err and "20210" in result.err
 
 
-TINY = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.BACKBONE.TIMM.NAME", "lcnet_050",
-        "MODEL.PIXEL_DECODER.CONV_DIM", "32", "MODEL.PIXEL_DECODER.MASK_DIM", "32",
-        "MODEL.PIXEL_DECODER.ENC_LAYERS", "1", "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM", "32",
-        "MODEL.DECODER.HIDDEN_DIM", "32", "MODEL.DECODER.NUM_QUERIES", "8", "MODEL.DECODER.NUM_LAYERS", "1",
-        "MODEL.DECODER.FEEDFORWARD_DIM", "32", "MODEL.DECODER.CLASSIFIER", "linear", "MODEL.CRITERION.NUM_POINTS", "64",
-        "MODEL.HSQG.ENABLED", "False", "MODEL.CMSAM.ENABLED", "False", "MODEL.DECODER.SEMANTIC", "False",
-        "INPUT.CROP_SIZE", "(64, 64)", "INPUT.TEST_SHORT_SIDE", "64", "SOLVER.IMS_PER_BATCH", "2",
-        "SOLVER.MAX_ITER", "1", "SOLVER.CHECKPOINT_PERIOD", "1", "DATALOADER.NUM_WORKERS", "0",
-        "SEMI.UNLABELED_PER_BATCH", "2"]
+TINY = [
+    "MODEL.DEVICE",
+    "cpu",
+    "MODEL.BACKBONE.NAME",
+    "TimmBackbone",
+    "MODEL.BACKBONE.TIMM.NAME",
+    "lcnet_050",
+    "MODEL.PIXEL_DECODER.CONV_DIM",
+    "32",
+    "MODEL.PIXEL_DECODER.MASK_DIM",
+    "32",
+    "MODEL.PIXEL_DECODER.ENC_LAYERS",
+    "1",
+    "MODEL.PIXEL_DECODER.FEEDFORWARD_DIM",
+    "32",
+    "MODEL.DECODER.HIDDEN_DIM",
+    "32",
+    "MODEL.DECODER.NUM_QUERIES",
+    "8",
+    "MODEL.DECODER.NUM_LAYERS",
+    "1",
+    "MODEL.DECODER.FEEDFORWARD_DIM",
+    "32",
+    "MODEL.DECODER.CLASSIFIER",
+    "linear",
+    "MODEL.CRITERION.NUM_POINTS",
+    "64",
+    "MODEL.HSQG.ENABLED",
+    "False",
+    "MODEL.CMSAM.ENABLED",
+    "False",
+    "MODEL.DECODER.SEMANTIC",
+    "False",
+    "INPUT.CROP_SIZE",
+    "(64, 64)",
+    "INPUT.TEST_SHORT_SIDE",
+    "64",
+    "SOLVER.IMS_PER_BATCH",
+    "2",
+    "SOLVER.MAX_ITER",
+    "1",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "1",
+    "DATALOADER.NUM_WORKERS",
+    "0",
+    "SEMI.UNLABELED_PER_BATCH",
+    "2",
+]
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "ade20k", "cityscapes", "camvid"])
 def test_one_iteration_and_evaluation(prepare, run, data_root, tmp_path, name):
     assert prepare(name).status == 0
     assert run("prepare_splits", "--draw", f"{name}_train", "--labeled", 1, "--out", tmp_path / "splits").status == 0
-    results = train_net.main(default_argument_parser().parse_args([
-        *TINY, "DATASETS.TRAIN", f"('{name}_train',)", "DATASETS.TEST", f"('{name}_val',)",
-        "DATASETS.SPLIT_ROOT", str(tmp_path / "splits"), "DATASETS.SPLIT", f"{name}_train/uniform/seed0/1",
-        "OUTPUT_DIR", str(tmp_path / "run")]))
+    results = train_net.main(
+        default_argument_parser().parse_args(
+            [
+                *TINY,
+                "DATASETS.TRAIN",
+                f"('{name}_train',)",
+                "DATASETS.TEST",
+                f"('{name}_val',)",
+                "DATASETS.SPLIT_ROOT",
+                str(tmp_path / "splits"),
+                "DATASETS.SPLIT",
+                f"{name}_train/uniform/seed0/1",
+                "OUTPUT_DIR",
+                str(tmp_path / "run"),
+            ]
+        )
+    )
     assert 0 <= results["last"][f"{name}_val"]["teacher"]["mIoU"] <= 100
 
 
 def test_published_lists_load_on_the_prepared_layout(prepare, tmp_path):
     """The lists name VOC's and ADE20K's original folders; the loader finds the prepared masks."""
-    for name, line in [("ade20k", "images/training/ADE_train_00000001.jpg annotations/training/ADE_train_00000001.png"),
-                       ("voc", "JPEGImages/2008_000002.jpg SegmentationClass/2008_000002.png")]:
+    for name, line in [
+        ("ade20k", "images/training/ADE_train_00000001.jpg annotations/training/ADE_train_00000001.png"),
+        ("voc", "JPEGImages/2008_000002.jpg SegmentationClass/2008_000002.png"),
+    ]:
         assert prepare(name).status == 0
         split = tmp_path / "splits" / name
         split.mkdir(parents=True)

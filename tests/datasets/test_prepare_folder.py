@@ -1,4 +1,5 @@
 """A folder of one's own in its three forms, and everything that can be wrong with it."""
+
 import errno
 import json
 import os
@@ -47,10 +48,21 @@ def own(tmp_path):
 @pytest.fixture
 def prepare(run, data_root, own):
     """Runs prepare_folder on `own`: with colors, or with the masks of another folder."""
+
     def call(*options, masks="masks"):
         labels = ("--masks", own / masks) if masks else ()
-        return run("prepare_folder", "--images", own / "images", "--classes", own / "classes.txt", *labels,
-                   "--workers", 1, *options)
+        return run(
+            "prepare_folder",
+            "--images",
+            own / "images",
+            "--classes",
+            own / "classes.txt",
+            *labels,
+            "--workers",
+            1,
+            *options,
+        )
+
     return call
 
 
@@ -97,8 +109,19 @@ def test_coco_json_with_instances(run, data_root, tmp_path):
     miniatures.coco(tmp_path / "coco")
     classes = tmp_path / "classes.txt"
     classes.write_text("background\ndog\nperson\ncup\n")
-    argv = ("prepare_folder", "--images", tmp_path / "coco/train2017", "--classes", classes, "--workers", 1,
-            "--coco", tmp_path / "coco/annotations/instances_train2017.json", "--val-share", 0.3)
+    argv = (
+        "prepare_folder",
+        "--images",
+        tmp_path / "coco/train2017",
+        "--classes",
+        classes,
+        "--workers",
+        1,
+        "--coco",
+        tmp_path / "coco/annotations/instances_train2017.json",
+        "--val-share",
+        0.3,
+    )
     assert run(*argv).status == 0
     records = [*dataset_index("folder_train"), *dataset_index("folder_val")]
     nine = next(r for r in records if r["image_id"].endswith("009.jpg"))
@@ -139,13 +162,20 @@ def damage(own, what):
         image.write_text("hello")
 
 
-@pytest.mark.parametrize("what, words", [
-    ("truncated jpeg", ("foto 2.jpg", "truncated")), ("truncated png", ("cannot decode", "foto 2.png")),
-    ("16 bits", ("foto 2.png", "more than 8 bits")), ("rgba", ("foto 2.png", "color image (mode RGBA)")),
-    ("size", ("foto 2.png is 32x22", "foto 2.jpg is 32x24")), ("id", ("foto 2.png has the id 7", "2 classes")),
-    ("exif", ("foto 2.png is 32x24", "foto 2.jpg is 24x32")), ("orphan", ("foto 99.png belongs to no image",)),
-    ("not an image", ("cannot decode", "foto 2.jpg")),
-])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("truncated jpeg", ("foto 2.jpg", "truncated")),
+        ("truncated png", ("cannot decode", "foto 2.png")),
+        ("16 bits", ("foto 2.png", "more than 8 bits")),
+        ("rgba", ("foto 2.png", "color image (mode RGBA)")),
+        ("size", ("foto 2.png is 32x22", "foto 2.jpg is 32x24")),
+        ("id", ("foto 2.png has the id 7", "2 classes")),
+        ("exif", ("foto 2.png is 32x24", "foto 2.jpg is 24x32")),
+        ("orphan", ("foto 99.png belongs to no image",)),
+        ("not an image", ("cannot decode", "foto 2.jpg")),
+    ],
+)
 def test_what_is_wrong_is_named_and_left_out(prepare, own, data_root, what, words):
     damage(own, what)
     result = prepare("--val-share", 0.4, "--seed", 1)
@@ -167,13 +197,16 @@ def test_color_masks_that_do_not_fit(prepare, own):
     assert "foto 5.png is not a color image (mode RGBA)" in err
 
 
-@pytest.mark.parametrize("file, text, words", [
-    ("palette.txt", "1 2 road", "palette.txt, line 1: expected 'R G B class name'"),
-    ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the color (1, 2, 3) stands there twice"),
-    ("palette.txt", "1 2 3 sky", "'sky' is not in the class list"),
-    ("classes.txt", "road\nroad\n", "the class 'road' stands there twice"),
-    ("classes.txt", "\n", "classes.txt has 0 class names"),
-])
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("palette.txt", "1 2 road", "palette.txt, line 1: expected 'R G B class name'"),
+        ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the color (1, 2, 3) stands there twice"),
+        ("palette.txt", "1 2 3 sky", "'sky' is not in the class list"),
+        ("classes.txt", "road\nroad\n", "the class 'road' stands there twice"),
+        ("classes.txt", "\n", "classes.txt has 0 class names"),
+    ],
+)
 def test_class_lists_and_palettes_that_are_wrong(prepare, own, file, text, words):
     (own / file).write_text(text)
     result = prepare("--palette", own / "palette.txt", masks="colors")
@@ -210,8 +243,17 @@ def test_a_symlinked_root_and_images(run, own, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disc")
     (tmp_path / "linked images").symlink_to(own / "images")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "link"))
-    argv = ("prepare_folder", "--images", tmp_path / "linked images", "--masks", own / "masks", "--classes",
-            own / "classes.txt", "--workers", 1)
+    argv = (
+        "prepare_folder",
+        "--images",
+        tmp_path / "linked images",
+        "--masks",
+        own / "masks",
+        "--classes",
+        own / "classes.txt",
+        "--workers",
+        1,
+    )
     assert run(*argv).status == 0 and run(*argv, "--check").status == 0
     assert len(dataset_index("folder_train")) == 7
 
@@ -224,9 +266,23 @@ def test_a_table_that_was_edited_badly(prepare, run, data_root, tmp_path):
 
 def test_from_a_folder_to_a_trained_model(prepare, own, data_root, tmp_path):
     assert prepare().status == 0
-    results = train_net.main(default_argument_parser().parse_args([
-        *TINY, "DATASETS.TRAIN", "('folder_train',)", "DATASETS.TEST", "('folder_val',)", "DATASETS.SPLIT_ROOT", "",
-        "DATASETS.SPLIT", "folder/splits/all", "OUTPUT_DIR", str(tmp_path / "run")]))
+    results = train_net.main(
+        default_argument_parser().parse_args(
+            [
+                *TINY,
+                "DATASETS.TRAIN",
+                "('folder_train',)",
+                "DATASETS.TEST",
+                "('folder_val',)",
+                "DATASETS.SPLIT_ROOT",
+                "",
+                "DATASETS.SPLIT",
+                "folder/splits/all",
+                "OUTPUT_DIR",
+                str(tmp_path / "run"),
+            ]
+        )
+    )
     assert set(results["last"]["folder_val"]["student"]) >= {"mIoU", "IoU-road"}
 
 
@@ -257,10 +313,18 @@ def test_several_processes_make_what_one_does(prepare, data_root, run, own):
 
 def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
     """The same index whatever the size of the pieces; names in UTF-8; broken files are named."""
-    annotations = [{"id": i, "image_id": i % 3, "category_id": 1, "note": "ü{[\"" * (i % 5)} for i in range(30)]
-    text = json.dumps({"info": {"a": [1, {"b": "}"}]}, "annotations": annotations, "images": [
-        {"id": i, "file_name": f"fü {i}.jpg", "height": 4, "width": 1234567} for i in range(3)],
-        "categories": [{"id": 1, "name": "tür"}], "more": 12}, ensure_ascii=False, indent=1)
+    annotations = [{"id": i, "image_id": i % 3, "category_id": 1, "note": 'ü{["' * (i % 5)} for i in range(30)]
+    text = json.dumps(
+        {
+            "info": {"a": [1, {"b": "}"}]},
+            "annotations": annotations,
+            "images": [{"id": i, "file_name": f"fü {i}.jpg", "height": 4, "width": 1234567} for i in range(3)],
+            "categories": [{"id": 1, "name": "tür"}],
+            "more": 12,
+        },
+        ensure_ascii=False,
+        indent=1,
+    )
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     for size in (1, 7, 1 << 20):

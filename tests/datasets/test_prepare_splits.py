@@ -1,4 +1,5 @@
 """The published lists: verified, refused when changed, made by rule; and lists drawn for one's own data."""
+
 import hashlib
 import shutil
 from pathlib import Path
@@ -57,9 +58,12 @@ def test_ade20k_needs_no_copy_and_no_data(run, data_root, tmp_path):
 def served(tmp_path, monkeypatch, data_root):
     """Two small "published" data sets behind file:// addresses, with their hashes."""
     names = [f"train2017/{i:03d}.jpg masks/{i:03d}.png" for i in range(6)]
-    files = {"voc/92/labeled.txt": "J/b.jpg S/b.png", "voc/92/unlabeled.txt": "J/c.jpg S/c.png\nJ/a.jpg S/a.png",
-             "coco/1_512/labeled.txt": names[4], "voc/train_aug.txt": "J/a.jpg S/a.png\nJ/b.jpg S/b.png\n"
-             "J/c.jpg S/c.png\n"}
+    files = {
+        "voc/92/labeled.txt": "J/b.jpg S/b.png",
+        "voc/92/unlabeled.txt": "J/c.jpg S/c.png\nJ/a.jpg S/a.png",
+        "coco/1_512/labeled.txt": names[4],
+        "voc/train_aug.txt": "J/a.jpg S/a.png\nJ/b.jpg S/b.png\nJ/c.jpg S/c.png\n",
+    }
     hashes = ""
     for path, text in files.items():
         hashes += f"{hashlib.sha256(text.encode()).hexdigest()}  {path}\n"
@@ -93,13 +97,16 @@ def test_lists_are_fetched_checked_and_completed(run, served):
     assert "check the network" in run("prepare_splits", "--out", out, "--only", "voc").err
 
 
-@pytest.mark.parametrize("labeled, unlabeled, words", [
-    ("J/a.jpg S/a.png\nJ/a.jpg S/a.png", "J/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
-    ("J/a.jpg S/a.png", "J/a.jpg S/a.png\nJ/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
-    ("J/v.jpg S/v.png", "J/c.jpg S/c.png", "'J/v.jpg' is also in val.txt"),
-    ("J/x.jpg S/x.png", "J/c.jpg S/c.png", "'J/x.jpg' is not in the train list"),
-    ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labeled or unlabeled, the train list has 3"),
-])
+@pytest.mark.parametrize(
+    "labeled, unlabeled, words",
+    [
+        ("J/a.jpg S/a.png\nJ/a.jpg S/a.png", "J/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
+        ("J/a.jpg S/a.png", "J/a.jpg S/a.png\nJ/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
+        ("J/v.jpg S/v.png", "J/c.jpg S/c.png", "'J/v.jpg' is also in val.txt"),
+        ("J/x.jpg S/x.png", "J/c.jpg S/c.png", "'J/x.jpg' is not in the train list"),
+        ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labeled or unlabeled, the train list has 3"),
+    ],
+)
 def test_splits_that_do_not_add_up(served, labeled, unlabeled, words):
     folder = served / "lists"
     (folder / "voc/92").mkdir(parents=True)

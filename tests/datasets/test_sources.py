@@ -1,4 +1,5 @@
 """Nothing is written onto a source or onto a file of another hand: refused in one line, before the first byte."""
+
 import hashlib
 import os
 import re
@@ -18,13 +19,18 @@ from .miniatures import SIZE, indexed, photo
 
 def tree(folder):
     """{path: hash, or where a link leads} of everything under a folder."""
-    return {str(path): os.readlink(path) if path.is_symlink() else
-            path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*")}
+    return {
+        str(path): os.readlink(path)
+        if path.is_symlink()
+        else path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.fixture
 def refused(run, tmp_path):
     """Runs a script, which must end with 1 and one line that has these words, and leave everything as it was."""
+
     def call(words, *argv):
         before = tree(tmp_path)
         result = run(*argv)
@@ -32,6 +38,7 @@ def refused(run, tmp_path):
         errors = result.err.strip().splitlines()
         assert len(errors) == 1 and all(word in errors[0] for word in words), result.err
         assert tree(tmp_path) == before
+
     return call
 
 
@@ -53,8 +60,19 @@ def mine(data_root):
 def command(root, *options, masks="masks/train", palette=True):
     data = root.parent
     colors = ("--palette", data / "palette.txt") if palette else ()
-    return ("prepare_folder", "--images", root / "images/train", "--masks", root / masks, "--classes",
-            data / "classes.txt", *colors, "--workers", 1, *options)
+    return (
+        "prepare_folder",
+        "--images",
+        root / "images/train",
+        "--masks",
+        root / masks,
+        "--classes",
+        data / "classes.txt",
+        *colors,
+        "--workers",
+        1,
+        *options,
+    )
 
 
 def test_color_masks_where_ours_would_be(run, refused, mine):
@@ -79,8 +97,18 @@ def test_a_source_through_a_linked_folder(refused, mine, data_root):
     refused(("my2/masks/train/0.png is one of the files to read",), *command(mine), "--name", "my2")
 
 
-@pytest.mark.parametrize("name", ["train.txt", "val.txt", "dataset.yaml", "splits/all/labeled.txt",
-                                  "splits/all/unlabeled.txt", "masks/train/2.png", "masks/train/2.png.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train.txt",
+        "val.txt",
+        "dataset.yaml",
+        "splits/all/labeled.txt",
+        "splits/all/unlabeled.txt",
+        "masks/train/2.png",
+        "masks/train/2.png.tmp",
+    ],
+)
 def test_a_file_of_another_hand(run, refused, mine, data_root, name):
     path = data_root / "new" / name
     path.parent.mkdir(parents=True)
@@ -95,8 +123,18 @@ def test_class_list_and_annotations_are_sources_too(refused, mine, data_root, tm
     root = data_root / "lists"
     root.mkdir()
     (root / "train.txt").write_text("road\ncar\n")
-    refused(("lists/train.txt is one of the files to read",), *command(mine, "--root", root)[:5], "--classes",
-            root / "train.txt", "--masks", mine / "masks/train", "--palette", data_root / "palette.txt", "--root", root)
+    refused(
+        ("lists/train.txt is one of the files to read",),
+        *command(mine, "--root", root)[:5],
+        "--classes",
+        root / "train.txt",
+        "--masks",
+        mine / "masks/train",
+        "--palette",
+        data_root / "palette.txt",
+        "--root",
+        root,
+    )
 
 
 def test_masks_of_ids_that_are_right_may_stay_where_they_are(run, refused, mine):
@@ -108,8 +146,9 @@ def test_masks_of_ids_that_are_right_may_stay_where_they_are(run, refused, mine)
         assert result.status == 0 and " 0 of them made now" in result.out, result.err
         assert {path: tree(mine)[path] for path in before} == before
     indexed(mine / "masks/train/2.png", np.full((64, 64), 7, np.uint8))
-    refused(("masks/train/2.png is one of the files to read", "has the id 7"),
-            *command(mine, "--name", "my", palette=False))
+    refused(
+        ("masks/train/2.png is one of the files to read", "has the id 7"), *command(mine, "--name", "my", palette=False)
+    )
 
 
 def test_a_root_of_an_earlier_version_goes_on(run, mine, data_root):
@@ -142,8 +181,18 @@ def test_two_images_that_would_share_a_mask(refused, tmp_path, data_root):
     text = annotations.read_text()
     annotations.write_text(text.replace("000000000025.jpg", "000000000009.png"))
     (tmp_path / "classes.txt").write_text("dog\nperson\ncup\n")
-    refused(("000000000009.jpg", "000000000009.png", "would both have the mask"), "prepare_folder", "--images",
-            tmp_path / "coco/train2017", "--coco", annotations, "--classes", tmp_path / "classes.txt", "--workers", 1)
+    refused(
+        ("000000000009.jpg", "000000000009.png", "would both have the mask"),
+        "prepare_folder",
+        "--images",
+        tmp_path / "coco/train2017",
+        "--coco",
+        annotations,
+        "--classes",
+        tmp_path / "classes.txt",
+        "--workers",
+        1,
+    )
 
 
 def voc(data_root, tmp_path):
@@ -184,12 +233,18 @@ def test_cocos_masks_pointing_at_where_ours_are_made(refused, data_root):
     miniatures.coco(root)
     for i in (9, 25, 30, 139):
         indexed(root / f"masks/{i:012d}.png", np.full(SIZE, 99 if i == 30 else 1, np.uint8))
-    refused(("masks/000000000030.png is one of the files to read", "has the id 99", "--masks"), "prepare_coco",
-            "--partial", "--workers", 1, "--masks", root / "masks")
+    refused(
+        ("masks/000000000030.png is one of the files to read", "has the id 99", "--masks"),
+        "prepare_coco",
+        "--partial",
+        "--workers",
+        1,
+        "--masks",
+        root / "masks",
+    )
 
 
-@pytest.mark.parametrize("name, folders", [
-    ("ade20k", ("annotations", "annotations_detectron2")), ("cityscapes", ())])
+@pytest.mark.parametrize("name, folders", [("ade20k", ("annotations", "annotations_detectron2")), ("cityscapes", ())])
 def test_masks_made_beside_their_sources(run, refused, data_root, name, folders):
     root = data_root / table_of(f"{name}_train").folder
     getattr(miniatures, name)(root)

@@ -21,7 +21,10 @@ def _jobs(root: str, folder: str) -> list[Job]:
     images = need_folder(os.path.join(root, "images", folder), "it comes with ADEChallengeData2016.zip")
     stems = sorted(os.path.splitext(name)[0] for name in os.listdir(images) if name.endswith(".jpg"))
     return [
-        Job(os.path.join(images, f"{stem}.jpg"), os.path.join(root, "annotations_detectron2", folder, f"{stem}.png"),
-            os.path.join(root, "annotations", folder, f"{stem}.png"))
+        Job(
+            os.path.join(images, f"{stem}.jpg"),
+            os.path.join(root, "annotations_detectron2", folder, f"{stem}.png"),
+            os.path.join(root, "annotations", folder, f"{stem}.png"),
+        )
         for stem in stems
     ]

@@ -31,7 +31,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     classes = len(table.classes)
     remap = {**{i: i for i in range(classes)}, classes: table.ignore_label}
     return Plan(
-        table, args.root, parts, Remap(remap, "the ids 0 to 11 of CamVid"),
+        table,
+        args.root,
+        parts,
+        Remap(remap, "the ids 0 to 11 of CamVid"),
         before=functools.partial(_write_images, everything, args),
         sources=(*lists, *(image for image, _ in everything)),
         made=tuple(job.image for _, job in everything if not os.path.exists(job.image)),
@@ -48,11 +51,16 @@ def _pairs(source: str, root: str, folder: str, suffix: str) -> list[tuple[str, 
             raise UserError(f"{source}/{folder}.txt: expected 'image mask', found '{line}'")
         image, mask = (re.split(r"[\\/]", word)[-1] for word in words)
         stem = os.path.splitext(image)[0]
-        pairs.append((
-            os.path.join(source, folder, image),
-            Job(os.path.join(root, "images", folder, stem + suffix), os.path.join(root, "masks", folder, f"{stem}.png"),
-                os.path.join(source, f"{folder}annot", mask)),
-        ))
+        pairs.append(
+            (
+                os.path.join(source, folder, image),
+                Job(
+                    os.path.join(root, "images", folder, stem + suffix),
+                    os.path.join(root, "masks", folder, f"{stem}.png"),
+                    os.path.join(source, f"{folder}annot", mask),
+                ),
+            )
+        )
     return pairs
 
 

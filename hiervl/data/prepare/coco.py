@@ -29,7 +29,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise UserError("--masks and --instances: an archive of masks has no instances; leave one of the two out")
     sources = tuple(file.path for file in files)
     if not args.masks:
-        return Plan(table, args.root, parts, CocoMasks(files, table.classes, table.ignore_label), sources=sources)
+        return Plan(
+            table,
+            args.root,
+            parts,
+            CocoMasks(files, table.classes, table.ignore_label),
+            tuple(problem for file in files for problem in file.problems),
+            tuple(note for file in files for note in file.notes),
+            sources=sources,
+        )
     make = ReadyMade(args.masks)
     sources += tuple(path for jobs in parts.values() for job in jobs if (path := make.find(job)))
     return Plan(table, args.root, parts, make, sources=sources, elsewhere="--masks or --root", in_place=True)

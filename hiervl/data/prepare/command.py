@@ -26,6 +26,7 @@ class Plan:
         parts: part name -> jobs, in the order of the list.
         make: makes a mask.
         problems: what was already found wrong while planning, such as a mask without an image.
+        notes: what else the report should say of the whole.
         before: writes what the masks need, such as images, and returns what is wrong with it.
         sources: files that are read, besides images and masks' sources.
         made: files that are written into the root, besides masks, instance maps and lists.
@@ -41,6 +42,7 @@ class Plan:
     parts: dict[str, list[Job]]
     make: Maker
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     before: Callable[[], list[str]] = list
     sources: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
@@ -73,8 +75,11 @@ def parser(doc: str, folder: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def run(make_plan: Callable[[argparse.Namespace], Plan], args: argparse.Namespace,
-        finish: Callable[[Plan], str] | None = None) -> int:
+def run(
+    make_plan: Callable[[argparse.Namespace], Plan],
+    args: argparse.Namespace,
+    finish: Callable[[Plan], str] | None = None,
+) -> int:
     """Carries a plan out, or checks it.
 
     Args:
@@ -102,7 +107,7 @@ def run(make_plan: Callable[[argparse.Namespace], Plan], args: argparse.Namespac
 
 def execute(plan: Plan, args: argparse.Namespace) -> int:
     reports = [_do_part(plan, part, args) for part in plan.parts]
-    print(describe(plan.table, reports))
+    print(describe(plan.table, reports, plan.notes))
     problems = [*plan.problems, *(problem for report in reports for problem in report.problems)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -142,8 +147,10 @@ def _do_part(plan: Plan, part: str, args: argparse.Namespace) -> PartReport:
         raise
     report.seconds = time.perf_counter() - start
     if expected is not None and len(jobs) != expected:
-        report.problems.append(f"{part}: {len(jobs)} images were found under {plan.root}, {expected} are expected; "
-                               "unpack all archives, or say --partial")
+        report.problems.append(
+            f"{part}: {len(jobs)} images were found under {plan.root}, {expected} are expected; "
+            "unpack all archives, or say --partial"
+        )
     _list(plan.list_of(part), lines, report, args.check)
     return report
 

@@ -46,13 +46,24 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.unlabeled:
         taken = {os.path.realpath(job.image) for job in [*labeled, *val, *more]}
         more += [Job(path) for path in _images(args.unlabeled) if os.path.realpath(path) not in taken]
+    problems += [problem for file in coco for problem in file.problems]
+    notes = tuple(note for file in coco for note in file.notes)
     problems += _twice([*labeled, *more], val)
     table = _table(args.name, root, classes, palette, bool(coco))
+    parts = {f"{args.name}_train": labeled + more, f"{args.name}_val": val}
     return Plan(
-        table, root, {f"{args.name}_train": labeled + more, f"{args.name}_val": val}, make, tuple(problems),
+        table,
+        root,
+        parts,
+        make,
+        tuple(problems),
+        notes,
         sources=tuple(filter(None, (args.classes, args.palette, args.coco, args.val_coco))),
         made=tuple(f"{root}/{name}" for name in (OWN_TABLE, f"{_SPLIT}/labeled.txt", f"{_SPLIT}/unlabeled.txt")),
-        elsewhere="--root or --name", keep=False, in_place=make is read_indexed, ours=_has_our_table(root),
+        elsewhere="--root or --name",
+        keep=False,
+        in_place=make is read_indexed,
+        ours=_has_our_table(root),
     )
 
 
@@ -126,8 +137,10 @@ class ColorMasks:
         unknown = self._codes[place] != codes
         if unknown.any():
             color = tuple(int(c) for c in colors[unknown][0])
-            raise UserError(f"mask {job.source} has the color {color} ({int(unknown.sum())} pixels are of no color "
-                            "of the palette); add it to the palette (masks saved as JPEG cannot be used)")
+            raise UserError(
+                f"mask {job.source} has the color {color} ({int(unknown.sum())} pixels are of no color "
+                "of the palette); add it to the palette (masks saved as JPEG cannot be used)"
+            )
         return self._ids[place].astype(np.uint8), None
 
 
@@ -144,8 +157,9 @@ def _read_colors(path: str) -> np.ndarray:
         raise UserError(f"cannot decode {path} ({error}); replace it") from None
 
 
-def _pair(images: str | None, masks: str | None, args: argparse.Namespace, root: str, coco: Sequence[CocoFile],
-          number: int) -> tuple[list[Job], list[Job], list[str]]:
+def _pair(
+    images: str | None, masks: str | None, args: argparse.Namespace, root: str, coco: Sequence[CocoFile], number: int
+) -> tuple[list[Job], list[Job], list[str]]:
     """(jobs with a mask, jobs without, problems) of a folder of images."""
     if not images:
         return [], [], []
@@ -165,8 +179,14 @@ def _pair(images: str | None, masks: str | None, args: argparse.Namespace, root:
         mask = os.path.join(root, "masks", part, os.path.splitext(name)[0] + ".png")
         job = Job(path, mask, source, key)
         labeled.append(replace(job, instances=_instances(job.mask)) if coco else job)
-    problems = [f"{os.path.join(images, name)} does not exist, though {coco[0].path} names it"
-                for name in sources.keys() - found.keys()] if coco else _orphans(masks, sources)
+    problems = (
+        [
+            f"{os.path.join(images, name)} does not exist, though {coco[0].path} names it"
+            for name in sources.keys() - found.keys()
+        ]
+        if coco
+        else _orphans(masks, sources)
+    )
     return labeled, unlabeled, sorted(problems)
 
 
@@ -178,15 +198,22 @@ def _mask_of(name: str, masks: str, suffix: str) -> str:
 
 def _orphans(masks: str, sources: dict) -> list[str]:
     used = {os.path.normpath(path) for path, _ in sources.values()}
-    return [f"mask {path} belongs to no image: it needs the image's name (and --mask-suffix) and to be a PNG"
-            for path in _images(masks) if os.path.normpath(path) not in used]
+    return [
+        f"mask {path} belongs to no image: it needs the image's name (and --mask-suffix) and to be a PNG"
+        for path in _images(masks)
+        if os.path.normpath(path) not in used
+    ]
 
 
 def _images(folder: str) -> list[str]:
     """Every image file under a folder, sorted."""
     need_folder(folder, "it should hold images")
-    found = [os.path.join(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names
-             if name.lower().endswith(_IMAGES) and not name.startswith(".")]
+    found = [
+        os.path.join(base, name)
+        for base, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(_IMAGES) and not name.startswith(".")
+    ]
     if not found:
         raise UserError(f"{folder} holds no image ({', '.join(_IMAGES)})")
     return sorted(found)
@@ -194,18 +221,21 @@ def _images(folder: str) -> list[str]:
 
 def _draw_val(labeled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
     if len(labeled) < 2:
-        raise UserError(f"{len(labeled)} images have a mask; at least 2 are needed, one to train and one to validate "
-                        "on")
+        raise UserError(
+            f"{len(labeled)} images have a mask; at least 2 are needed, one to train and one to validate on"
+        )
     count = min(max(1, round(share * len(labeled))), len(labeled) - 1)
     val = set(random.Random(seed).sample(range(len(labeled)), count))
-    return ([job for i, job in enumerate(labeled) if i not in val],
-            [job for i, job in enumerate(labeled) if i in val])
+    return ([job for i, job in enumerate(labeled) if i not in val], [job for i, job in enumerate(labeled) if i in val])
 
 
 def _twice(train: list[Job], val: list[Job]) -> list[str]:
     seen = {os.path.realpath(job.image) for job in train}
-    return [f"{job.image} is in the training images and in the ones to validate on; remove it from one of the two"
-            for job in val if os.path.realpath(job.image) in seen]
+    return [
+        f"{job.image} is in the training images and in the ones to validate on; remove it from one of the two"
+        for job in val
+        if os.path.realpath(job.image) in seen
+    ]
 
 
 def _table(name: str, root: str, classes: list[str], palette: dict | None, instances: bool) -> DatasetTable:
@@ -269,6 +299,8 @@ def _write_split(plan: Plan) -> str:
             os.remove(path)
     name, parent = plan.table.name, os.path.dirname(os.path.abspath(plan.root))
     where = "" if os.path.realpath(parent) == os.path.realpath(data_root()) else f"DETECTRON2_DATASETS={parent} and "
-    return (f"{counts['labeled']} labeled and {counts['unlabeled']} unlabeled images; to train on them:\n"
-            f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
-            f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}")
+    return (
+        f"{counts['labeled']} labeled and {counts['unlabeled']} unlabeled images; to train on them:\n"
+        f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
+        f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}"
+    )

@@ -131,8 +131,9 @@ class Remap:
         label = read_label(job.source)
         stray = label > 255 if label.dtype != np.uint8 else self._lut[label] < 0
         if stray.any():
-            raise UserError(f"{job.source} has the id {label[stray][0]}, which is none of {self._what}; replace the "
-                            "file")
+            raise UserError(
+                f"{job.source} has the id {label[stray][0]}, which is none of {self._what}; replace the file"
+            )
         return self._lut[label].astype(np.uint8), None
 
 

@@ -46,8 +46,10 @@ def _results(work, items, workers):
         try:
             yield from pool.map(_do, items, chunksize=_CHUNK)
         except BrokenProcessPool:
-            raise UserError("a worker process was killed; if memory ran out, run again with fewer --workers: it goes "
-                            "on with what is missing") from None
+            raise UserError(
+                "a worker process was killed; if memory ran out, run again with fewer --workers: it goes "
+                "on with what is missing"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

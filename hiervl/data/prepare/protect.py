@@ -87,5 +87,7 @@ def _refuse_shared_masks(jobs: list[Job]) -> None:
     for job in jobs:
         other = first.setdefault(job.mask, job)
         if job.mask and (other.source, other.key) != (job.source, job.key):
-            raise UserError(f"{other.image} and {job.image} would both have the mask {job.mask}; rename one of the two "
-                            "images (and its entry in the annotations). Nothing was written.")
+            raise UserError(
+                f"{other.image} and {job.image} would both have the mask {job.mask}; rename one of the two "
+                "images (and its entry in the annotations). Nothing was written."
+            )

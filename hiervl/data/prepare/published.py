@@ -26,8 +26,14 @@ HASHES = Path(__file__).with_name("splits.sha256")
 # 77cf3bf is the commit of UniMatch whose lists UniMatch V2 and SemiVL also use.
 _UNIMATCH = "https://raw.githubusercontent.com/LiheYoung/UniMatch/77cf3bfb5cc5ddf2fbd56a66c5b2b48d2d0ba122/splits"
 URLS = {"voc": f"{_UNIMATCH}/pascal", "coco": f"{_UNIMATCH}/coco", "cityscapes": f"{_UNIMATCH}/cityscapes"}
-TRAIN_PARTS = {"ade20k": "ade20k_train", "camvid": "camvid_train", "camvid_cross": "camvid_train", "coco": "coco_train",
-               "cityscapes": "cityscapes_train", "voc": "voc_train"}
+TRAIN_PARTS = {
+    "ade20k": "ade20k_train",
+    "camvid": "camvid_train",
+    "camvid_cross": "camvid_train",
+    "coco": "coco_train",
+    "cityscapes": "cityscapes_train",
+    "voc": "voc_train",
+}
 _CAMVID = {"camvid": (11, 23, 46, 92), "camvid_cross": (11, 23, 46)}
 _CROSS_DRIVE = "0006R0"
 
@@ -50,8 +56,11 @@ def obtain(out: str, groups: list[str], source: str | None) -> list[str]:
             there and would be written over was not made by this tool.
     """
     folder, written = OutputFolder(out, "--out"), []
-    wanted = {path: digest for path, digest in known_hashes().items()
-              if path.split("/")[0] in groups and _digest(os.path.join(out, path)) != digest}
+    wanted = {
+        path: digest
+        for path, digest in known_hashes().items()
+        if path.split("/")[0] in groups and _digest(os.path.join(out, path)) != digest
+    }
     _look_first(folder, wanted, groups, source)
     for path, digest in wanted.items():
         content = _content(path, digest, source, out)
@@ -92,8 +101,10 @@ def check(folder: str, groups: list[str]) -> list[str]:
             if found is None:
                 problems.append(f"{os.path.join(folder, path)} is missing; {_way_out(path)}")
             elif found != digest and not _made_from_own_list(folder, path):
-                problems.append(f"{os.path.join(folder, path)} is not the published list (SHA-256 {found[:12]}..., "
-                                f"not {digest[:12]}...); fetch it again")
+                problems.append(
+                    f"{os.path.join(folder, path)} is not the published list (SHA-256 {found[:12]}..., "
+                    f"not {digest[:12]}...); fetch it again"
+                )
     for group in groups:
         if os.path.isdir(os.path.join(folder, group)):
             problems += _check_group(folder, group)
@@ -161,11 +172,14 @@ def _content(path: str, digest: str, source: str | None, out: str) -> bytes | No
         try:
             content = Path(place).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {place} ({error.strerror}); --source needs a folder with all lists of "
-                            f"'{group}', or leave it out with --only") from None
+            raise UserError(
+                f"cannot read {place} ({error.strerror}); --source needs a folder with all lists of "
+                f"'{group}', or leave it out with --only"
+            ) from None
     if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{place} is not the published list (its SHA-256 is not that of {HASHES.name}); nothing of it "
-                        "is written")
+        raise UserError(
+            f"{place} is not the published list (its SHA-256 is not that of {HASHES.name}); nothing of it is written"
+        )
     return content
 
 
@@ -174,8 +188,10 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.read()
     except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"cannot fetch {url} ({getattr(error, 'reason', error)}); check the network, or name a local "
-                        "copy with --source") from None
+        raise UserError(
+            f"cannot fetch {url} ({getattr(error, 'reason', error)}); check the network, or name a local "
+            "copy with --source"
+        ) from None
 
 
 def _coco_unlabeled(out: str, groups: list[str]) -> dict[str, list[str]]:
@@ -226,8 +242,12 @@ def _check_split(labeled: list[str], unlabeled: list[str] | None, val: set, pool
 def _pool(folder: str, group: str) -> tuple[set | None, int | None]:
     """(names of all training images if known, else None; their official number)."""
     if group == "ade20k":
-        return set(_images(rule_made("ade20k/1_128/labeled.txt").decode().splitlines()
-                           + rule_made("ade20k/1_128/unlabeled.txt").decode().splitlines())), None
+        return set(
+            _images(
+                rule_made("ade20k/1_128/labeled.txt").decode().splitlines()
+                + rule_made("ade20k/1_128/unlabeled.txt").decode().splitlines()
+            )
+        ), None
     if group == "voc" and os.path.exists(path := os.path.join(folder, "voc", "train_aug.txt")):
         return set(_images(read_lines(path))), None
     if group == "camvid_cross":  # without the drive that is its val list

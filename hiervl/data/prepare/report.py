@@ -48,16 +48,19 @@ class PartReport:
     def headline(self) -> str:
         expected = "" if self.expected is None else f" ({self.expected} expected)"
         rate = f"{self.images / self.seconds:.0f} images/s" if self.seconds > 0 else ""
-        return (f"{self.name}: {self.images} images{expected}, {self.masks} masks right, {self.made} of them made now, "
-                f"{len(self.problems)} problems; {self.seconds:.1f} s, {rate}, {self.workers} processes")
+        return (
+            f"{self.name}: {self.images} images{expected}, {self.masks} masks right, {self.made} of them made now, "
+            f"{len(self.problems)} problems; {self.seconds:.1f} s, {rate}, {self.workers} processes"
+        )
 
 
-def describe(table: DatasetTable, parts: Sequence[PartReport]) -> str:
-    """The final report as text; problems are left out, they go to the error stream."""
+def describe(table: DatasetTable, parts: Sequence[PartReport], remarks: Sequence[str] = ()) -> str:
+    """The final report as text, with ``remarks`` on the whole; problems are left out, they go to the error stream."""
     lines = [part.headline() for part in parts]
     labeled = [part for part in parts if part.counts.any()]
     if labeled:
         lines += ["", _pixels(table, labeled), *_unseen(table, labeled)]
+    lines += [f"note: {remark}" for remark in remarks]
     notes = [note for part in parts for note in part.notes]
     lines += [f"note: {note}" for note in notes[:_SHOWN]]
     if len(notes) > _SHOWN:

@@ -16,8 +16,9 @@ from .files import list_line, read_lines, write_lines
 from .parallel import parallel
 
 
-def sample_splits(part: str, counts: Sequence[int], seeds: Sequence[int], out: str, *, balanced: bool = False,
-                workers: int = 1) -> list[str]:
+def sample_splits(
+    part: str, counts: Sequence[int], seeds: Sequence[int], out: str, *, balanced: bool = False, workers: int = 1
+) -> list[str]:
     """Writes ``<out>/seed{s}/{n}/labeled.txt`` and ``unlabeled.txt`` for every seed and count.
 
     Within a seed the labeled images of a smaller count are among those of a larger one. Uniform draws follow the

@@ -26,17 +26,27 @@ def make_plan(args: argparse.Namespace) -> Plan:
     val = _ids(val_list)
     train = {*_ids(train_list), *own, *more} - set(val)
     sources = {**more, **own}  # where there are both, VOC's own is the finer mask
-    parts = {"voc_train": [_job(args.root, i, sources) for i in sorted(train)],
-             "voc_val": [_job(args.root, i, own) for i in val]}
-    return Plan(table, args.root, parts, read_mask, sources=(train_list, val_list, *own.values(), *more.values()),
-                elsewhere="--aug or --root" if args.aug else "--root", in_place=True)
+    parts = {
+        "voc_train": [_job(args.root, i, sources) for i in sorted(train)],
+        "voc_val": [_job(args.root, i, own) for i in val],
+    }
+    return Plan(
+        table,
+        args.root,
+        parts,
+        read_mask,
+        sources=(train_list, val_list, *own.values(), *more.values()),
+        elsewhere="--aug or --root" if args.aug else "--root",
+        in_place=True,
+    )
 
 
 def read_mask(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
     """Maker: an indexed PNG, or SBD's .mat."""
     if not job.source:
-        raise UserError(f"{job.image} has no mask; name SBD's folder with --sbd, or that of the augmented PNGs "
-                        "with --aug")
+        raise UserError(
+            f"{job.image} has no mask; name SBD's folder with --sbd, or that of the augmented PNGs with --aug"
+        )
     if not job.source.endswith(".mat"):
         return read_label(job.source), None
     try:
@@ -44,8 +54,9 @@ def read_mask(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
     except OSError as error:
         raise UserError(f"cannot read {job.source} ({error.strerror or error}); unpack SBD again") from None
     except Exception as error:  # of a broken file scipy raises what its parser happens to meet
-        raise UserError(f"{job.source} is not a mask of SBD ({' '.join(repr(error).split())}); unpack SBD "
-                        "again") from None
+        raise UserError(
+            f"{job.source} is not a mask of SBD ({' '.join(repr(error).split())}); unpack SBD again"
+        ) from None
 
 
 def _augmented(args: argparse.Namespace) -> dict[str, str]:
@@ -70,5 +81,8 @@ def _ids(path: str) -> list[str]:
 
 
 def _job(root: str, image_id: str, sources: dict[str, str]) -> Job:
-    return Job(os.path.join(root, "JPEGImages", f"{image_id}.jpg"),
-               os.path.join(root, "SegmentationClassAug", f"{image_id}.png"), sources.get(image_id, ""))
+    return Job(
+        os.path.join(root, "JPEGImages", f"{image_id}.jpg"),
+        os.path.join(root, "SegmentationClassAug", f"{image_id}.png"),
+        sources.get(image_id, ""),
+    )
