@@ -19,3 +19,9 @@ def exit_status(run, *arguments) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_choice(value, choices, key: str) -> None:
+    """Raise UserError unless `value` is one of `choices`; `key` is the config key or option that was set."""
+    if value not in choices:
+        raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}.")

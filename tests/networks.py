@@ -12,6 +12,7 @@ from hiervl.modeling.meta_arch import HierVL
 from hiervl.modeling.pixel_decoder import PixelDecoder
 from hiervl.modeling.query_generator import QueryGenerator
 from hiervl.losses.regularizers import Regularizers
+from hiervl.losses.targets import TargetBuilder
 from hiervl.modeling.spatial_alignment import SpatialAlignment
 from hiervl.modeling.text import ClassText
 
@@ -74,8 +75,13 @@ def make_network(classes=4, kind="text", embeddings=None, top_k=48, weights=None
         "pixel_mean": [120.0] * 3,
         "pixel_std": [60.0] * 3,
         "size_divisibility": 32,
-        "segments": "class_regions",
-        "min_area": 4,
+        "target_builder": TargetBuilder(
+            segments="class_regions",
+            min_area=4,
+            max_segments=3,
+            max_classes=top_k if kind == "hiervl" else None,
+            size_divisibility=32,
+        ),
         "protocol": InferenceProtocol(),
     }
     if kind == "hiervl":
@@ -118,3 +124,8 @@ def pseudo_input(classes=4, share=0.5, teacher=False, **extra):
         **(said if teacher else {}),
         **extra,
     )
+
+
+def flatten_losses(losses):
+    """{"labeled": {"loss_mask": ...}, "pseudo": ...} -> {"labeled/loss_mask": ..., "pseudo/loss_mask": ...}."""
+    return {f"{kind}/{name}": value for kind, of_kind in losses.items() for name, value in of_kind.items()}

@@ -7,7 +7,8 @@ import detectron2.modeling.backbone.resnet as d2_resnet
 import pytest
 from detectron2.config import CfgNode
 
-from hiervl.config import config_keys, load_config
+from hiervl.config import RENAMED, config_keys, load_config
+from hiervl.config.validate import CHOICES, FILTER_NEEDS
 from hiervl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,7 @@ def test_every_key_is_read_by_some_code():
     files = [
         path
         for path in [*(ROOT / "hiervl").rglob("*.py"), ROOT / "train_net.py", Path(d2_resnet.__file__)]
-        if path.name != "config.py"
+        if path.parent.name != "config"
     ]
     read = set().union(*(keys_read_by(path.read_text()) for path in files))
     by_detectron2 = {"VERSION", "CUDNN_BENCHMARK", "MODEL.META_ARCHITECTURE"}
@@ -180,3 +181,59 @@ def test_later_bases_and_the_file_itself_win(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\nSEED: 3")
     cfg = load_config(str(tmp_path / "c.yaml"), [])
     assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (3, 2, 1.0)
+
+
+def test_every_renamed_key_is_refused_with_its_new_name(tmp_path):
+    known = set(config_keys(load_config("", [])))
+    for old, new in RENAMED.items():
+        assert new in known and old not in known
+        with pytest.raises(UserError, match=f"the config key {old} is now called {new}") as error:
+            load_config("", [old, "1"])
+        assert "\n" not in str(error.value)
+    (tmp_path / "old.yaml").write_text("MODEL: {HSQG: {KEEP: 4}}")
+    with pytest.raises(UserError, match="old.yaml: the config key MODEL.HSQG.KEEP is now called MODEL.HSQG.TOP_K"):
+        load_config(str(tmp_path / "old.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0; it must be at least 1"),
+        (["SOLVER.LOG_PERIOD", "0"], "SOLVER.LOG_PERIOD is 0"),
+        (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
+        (["SEED", "-1"], "SEED is -1"),
+        (["SOLVER.BASE_LR", "0.0"], "SOLVER.BASE_LR is 0.0; it must be above 0"),
+        (["INPUT.FLIP_PROB", "1.5"], "INPUT.FLIP_PROB is 1.5; it is a share"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE: 'gpu' is no device"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (["DATASETS.TRAIN", "('a', 'b')"], "DATASETS.TRAIN is .*name one data set"),
+        (["MODEL.SIZE_DIVISIBILITY", "48"], "multiple of 32"),
+        (["MODEL.HSQG.TOP_K", "0"], "MODEL.HSQG.TOP_K is 0"),
+        (["MODEL.HSQG.ENABLED", "False"], "MODEL.CMSAM.ENABLED is True but needs MODEL.HSQG.ENABLED True"),
+        (["MODEL.DECODER.CLASSIFIER", "linear"], "MODEL.HSQG.ENABLED is True but needs MODEL.DECODER.CLASSIFIER text"),
+        (["SEMI.FILTERS", "('surest',)"], "no filter called 'surest'; known are adaptive, boundary, confidence"),
+        (["INPUT.SCALE_RANGE", "(2.0, 0.5)"], "INPUT.SCALE_RANGE"),
+        (["INPUT.CROP_SIZE", "(0, 8)"], "INPUT.CROP_SIZE"),
+        (["INPUT.CAT_MAX_RATIO", "0.0"], "INPUT.CAT_MAX_RATIO"),
+        (["TEST.MODE", "tiled"], "TEST.MODE: 'tiled' is not one of whole, sliding"),
+        (["TEST.MODE", "sliding", "TEST.STRIDE", "(600, 341)"], "TEST.STRIDE"),
+        (["TEST.MODE", "sliding", "TEST.STRIDE", "(0, 341)"], "TEST.STRIDE"),
+        (["TEST.SCALES", "()"], "TEST.SCALES"),
+        (["TEST.SCALES", "(1.0, 0.0)"], "TEST.SCALES"),
+        (["TEST.SELECTED_ONLY", "True", "TEST.FLIP", "True"], "TEST.SELECTED_ONLY"),
+        (["TEST.SELECTED_ONLY", "True", "TEST.SCALES", "(0.5, 1.0)"], "TEST.SELECTED_ONLY"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_anything_is_loaded(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config("", overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_the_tables_of_checks_fit_the_code():
+    from hiervl.losses.targets import SEGMENTS
+    from hiervl.semi.filters import FILTERS
+
+    assert CHOICES["MODEL.CRITERION.SEGMENTS"] == SEGMENTS
+    assert {key.lower() for key in load_config("", []).SEMI.FILTER} == set(FILTERS)
+    assert set(FILTER_NEEDS) <= set(FILTERS)

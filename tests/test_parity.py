@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import ShapeSpec
 
 from hiervl.modeling.classifier import LinearClassifier
-from hiervl.losses.criterion import dice_loss, sigmoid_ce_loss
+from hiervl.losses.mask_losses import dice_loss, sigmoid_ce_loss
 from hiervl.modeling.dual_query_decoder import QueryDecoder
 from hiervl.modeling.inference import ClassScoreHead
 from hiervl.losses.matcher import dice_cost, sigmoid_ce_cost

@@ -1,6 +1,6 @@
 """Regularizers: small functions of one signature, each with its weight in MODEL.REGULARIZERS.
 
-A regularizer is a function (network, context) -> scalar, registered for the kinds of images it is for. To add one:
+A regularizer is a function (context, settings) -> scalar, registered for the kinds of images it is for. To add one:
 write the function, register it, add its weight under MODEL.REGULARIZERS.<NAME>. A weight of 0 switches it off: the
 function is then not called.
 """
@@ -13,31 +13,48 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 
-from .criterion import balanced_presence_loss
+from .mask_losses import balanced_presence_loss
 from ..errors import UserError
+from ..utils.label_maps import near_boundary
 from .points import SharedPoints, sample_maps
 from .targets import Targets
 
 
 @dataclass
 class LossContext:
-    """What a regularizer sees of one kind of images, B of them.
+    """What a regularizer sees of B images of one kind.
 
     Attributes:
-        kind: LABELED or PSEUDO. output: the network's NetworkOutput. targets: in terms of all V names.
-        selected_targets: in terms of the selected ones. points: shared points, labels in terms of the selected classes.
-        images: (B, 3, H, W), normalized and padded.
-        teacher: of pseudo-labeled images, what the teacher said of the weak context: {"pixel_text" (B, K, h, w), -1 for
-            classes that it did not keep, "relevance" (B, K), "valid" (B, H, W), "mixed" (B,) bool, images with CutMix}.
+        kind: LABELED or PSEUDO. images: (B, 3, H, W), normalized and padded.
+        targets: in terms of all V names. selected_targets: in terms of the selected classes.
+        points: shared points, with labels in terms of the selected classes.
+        features: the backbone's. selected: SelectedClasses, aligned: AlignmentOutput; None without these modules.
+        text: T' (K, Dt) of the classes; anchors: T0 (K, Dt), before adaptation; None without a text classifier.
+        name_queries: (E, K, d), the classes' names at each scale, without the level embeddings (labeled images).
+        similarity_temperature: scalar, of the pixel-text similarity.
+        teacher: of pseudo-labeled images, the EMA teacher's view of their weak views: {"pixel_text" (B, K, h, w), -1
+            for classes that it did not select, "relevance" (B, K), "valid" (B, H, W), "mixed" (B,) bool, images with
+            CutMix}.
     """
 
     kind: str
-    output: object
+    images: torch.Tensor
     targets: Targets
     selected_targets: Targets
     points: SharedPoints
-    images: torch.Tensor
-    teacher: dict | None
+    features: dict
+    selected: object = None
+    aligned: object = None
+    text: torch.Tensor | None = None
+    anchors: torch.Tensor | None = None
+    name_queries: torch.Tensor | None = None
+    similarity_temperature: torch.Tensor | None = None
+    teacher: dict | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """K; the other names are distractors."""
+        return len(self.text)
 
 
 LABELED, PSEUDO = "labeled", "pseudo"
@@ -99,58 +116,55 @@ class Regularizers:
             self.initial = copy.deepcopy(backbone).eval().requires_grad_(False)
         self.initial.load_state_dict(backbone.state_dict())
 
-    def __call__(self, network, context) -> dict:
+    def __call__(self, context: LossContext) -> dict:
         """{"loss_<name>": weight * value} of the regularizers for the context's kind of images."""
         return {
-            f"loss_{name}": weight * REGULARIZERS[name][0](network, context)
+            f"loss_{name}": weight * REGULARIZERS[name][0](context, self)
             for name, weight in self.weights.items()
             if context.kind in REGULARIZERS[name][1]
         }
 
 
 @register(LABELED)
-def language(network, context):
+def language(context, settings):
     """The adapted names stay recognizable by their frozen anchors: cross-entropy of T'·T0ᵀ/τ with the identity."""
-    return language_loss(network.text(), network.text.anchors(), temperature=0.1)
+    return language_loss(context.text, context.anchors, temperature=0.1)
 
 
 @register(LABELED, PSEUDO)
-def vision_language(network, context):
+def vision_language(context, settings):
     """Cross-entropy of the pixel-text similarity at the shared points; near the boundaries of labeled images more."""
-    scores = sample_maps(context.output.aligned.similarity, context.points.point_coords).transpose(1, 2)  # (B, K', P)
-    loss = F.cross_entropy(scores / network.alignment.score_temperature(), context.points.label, reduction="none")
+    scores = sample_maps(context.aligned.similarity, context.points.point_coords).transpose(1, 2)  # (B, K', P)
+    loss = F.cross_entropy(scores / context.similarity_temperature, context.points.label, reduction="none")
     if context.kind == LABELED:
-        settings = network.regularizers
-        near = (
-            label_boundaries(context.selected_targets, settings.boundary_width)
-            .flatten(1)
-            .gather(1, context.points.index)
-        )
+        labels = context.selected_targets
+        near = near_boundary(labels.sem_seg, labels.weight > 0, settings.boundary_width)  # (B, H, W)
+        near = near.flatten(1).gather(1, context.points.index)  # (B, P)
         loss = loss * (1 + settings.boundary_weight * near)
     return _image_weighted_mean(context.points.mean(loss), context)
 
 
 @register(LABELED, PSEUDO)
-def relevance(network, context):
+def relevance(context, settings):
     """Relevance learns from presence, and from absence where it is known; distractors are absent everywhere."""
-    loss = balanced_presence_loss(context.output.selected.logits, context.targets.present, context.targets.absent)
+    loss = balanced_presence_loss(context.selected.logits, context.targets.present, context.targets.absent)
     return _image_weighted_mean(loss, context)
 
 
 @register(LABELED)
-def diversity(network, context):
+def diversity(context, settings):
     """The three projections of a name shall differ: mean positive cosine between scales, levels left out."""
-    queries = F.normalize(network.query_generator.project_names(network.text()), dim=2)  # (E, K, d)
+    queries = F.normalize(context.name_queries, dim=2)  # (E, K, d)
     cosine = torch.einsum("ekd,fkd->efk", queries, queries)
     different = ~torch.eye(len(queries), dtype=torch.bool, device=queries.device)
     return cosine[different].clamp(min=0).mean()
 
 
 @register(LABELED)
-def contrastive(network, context):
+def contrastive(context, settings):
     """InfoNCE between pixel embeddings pooled over each class's region and T over all names. A region's share of each
     cell of res5 is estimated at the shared points."""
-    selected, points, present = context.output.selected, context.points, context.selected_targets.present
+    selected, points, present = context.selected, context.points, context.selected_targets.present
     height, width = selected.pixels.shape[-2:]
     column, row = (
         ((points.point_coords + 1) / 2 * points.point_coords.new_tensor([width, height])).long().unbind(2)
@@ -167,63 +181,47 @@ def contrastive(network, context):
 
 
 @register(LABELED)
-def vision(network, context):
+def vision(context, settings):
     """Distance of the trained backbone's global embedding from its frozen initial one: 1 - cosine."""
     with torch.no_grad():
-        initial = network.regularizers.initial.to(network.device)(context.images)["res5"].mean((2, 3))
-    own = context.output.features["res5"].mean((2, 3))
+        initial = settings.initial.to(context.images.device)(context.images)["res5"].mean((2, 3))
+    own = context.features["res5"].mean((2, 3))
     return (1 - F.cosine_similarity(own.float(), initial.float(), dim=1)).mean()
 
 
 @register(PSEUDO)
-def consistency(network, context):
+def consistency(context, settings):
     """The strong context agrees with the teacher's weak one: alignment everywhere but on padding, and, where no other
     image was pasted in, relevance."""
-    output, teacher = context.output, context.teacher
+    selected, teacher = context.selected, context.teacher
     num_classes = teacher["pixel_text"].shape[1]
-    index = output.selected.index.clamp(max=num_classes - 1)[..., None, None]  # (B, K', 1, 1)
+    index = selected.index.clamp(max=num_classes - 1)[..., None, None]  # (B, K', 1, 1)
     expected = teacher["pixel_text"].gather(1, index.expand(-1, -1, *teacher["pixel_text"].shape[2:]))
     valid = F.adaptive_avg_pool2d(teacher["valid"].float(), expected.shape[2:])[:, None]  # (B, 1, h, w)
     # The teacher knows no distractors, and nothing of classes that it did not keep.
-    valid = valid * (output.selected.index < num_classes)[..., None, None] * (expected > -1)
-    squared_error = (output.aligned.similarity - expected) ** 2
+    valid = valid * (selected.index < num_classes)[..., None, None] * (expected > -1)
+    squared_error = (context.aligned.similarity - expected) ** 2
     maps = (squared_error * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
-    presence = ((output.selected.logits[:, :num_classes].sigmoid() - teacher["relevance"]) ** 2).mean(1)
+    presence = ((selected.logits[:, :num_classes].sigmoid() - teacher["relevance"]) ** 2).mean(1)
     return (maps + presence * ~teacher["mixed"]).mean()
 
 
 @register(PSEUDO)
-def guidance(network, context):
+def guidance(context, settings):
     """The frozen initial CLIP tower's dense text scores guide the pixel-text similarity of the kept classes (not of the
     distractors); annealed to 0 over the run."""
-    index = context.output.selected.index
-    distractor = (index >= network.num_classes)[..., None, None]  # (B, K', 1, 1)
+    index = context.selected.index
+    distractor = (index >= context.num_classes)[..., None, None]  # (B, K', 1, 1)
     with torch.no_grad():
-        initial = network.regularizers.initial.to(network.device)
+        initial = settings.initial.to(context.images.device)
         dense = F.normalize(initial.dense_text_features(context.images).float(), dim=1)  # (B, Dt, h, w)
-        names = network.text.anchors()[index.clamp(max=network.num_classes - 1)]  # (B, K', Dt)
+        names = context.anchors[index.clamp(max=context.num_classes - 1)]  # (B, K', Dt)
         expected = torch.einsum("bkd,bdhw->bkhw", names, dense) / 0.1
         expected = expected.masked_fill(distractor, -1e4).softmax(1)
-    scores = F.interpolate(
-        context.output.aligned.similarity, size=expected.shape[2:], mode="bilinear", align_corners=False
-    )
-    own = (scores / network.alignment.score_temperature()).masked_fill(distractor, -1e4)
+    scores = F.interpolate(context.aligned.similarity, size=expected.shape[2:], mode="bilinear", align_corners=False)
+    own = (scores / context.similarity_temperature).masked_fill(distractor, -1e4)
     cross_entropy = -(expected * own.log_softmax(1)).sum(1).mean((1, 2))  # (B,)
-    return (1 - network.regularizers.progress) * (cross_entropy * ~distractor.flatten(1).all(1)).mean()
-
-
-def label_boundaries(targets: Targets, width: int) -> torch.Tensor:
-    """(B, H, W) float: 1 within `width` pixels of another class; pixels that are not valid make no boundary."""
-    label, valid = targets.sem_seg[:, None].float(), targets.weight[:, None] > 0
-    highest = _window_max(label.masked_fill(~valid, -1), width)
-    lowest = -_window_max((-label).masked_fill(~valid, -1e6), width)
-    return ((highest != lowest) & valid)[:, 0].float()
-
-
-def _window_max(x, width):
-    """Maximum over a square window, one direction after the other."""
-    rows = F.max_pool2d(x, (2 * width + 1, 1), stride=1, padding=(width, 0))
-    return F.max_pool2d(rows, (1, 2 * width + 1), stride=1, padding=(0, width))
+    return (1 - settings.progress) * (cross_entropy * ~distractor.flatten(1).all(1)).mean()
 
 
 def _image_weighted_mean(per_image, context):

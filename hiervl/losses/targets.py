@@ -5,10 +5,14 @@ Labeled and pseudo-labeled images are the same kind of object; they differ in th
 
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from ..utils.label_maps import connected_components
+from ..utils.padding import pad_to_multiple
+
+SEGMENTS = ("class_regions", "components", "instances")  # what the instance queries are matched to
 
 
 @dataclass
@@ -54,10 +58,10 @@ class Targets:
         return [len(labels) for labels in self.labels]
 
     def restrict_to(self, index: torch.Tensor, num_names: int) -> "Targets":
-        """The same targets in terms of kept classes.
+        """The same targets in terms of the selected classes.
 
         Args:
-            index: (B, K'), each image's kept positions in a list of `num_names` names, of which the classes are the
+            index: (B, K'), each image's selected positions in a list of `num_names` names, of which the classes are the
                 first; it holds every class of the image. Names beyond the classes are known to be absent.
         """
         more = num_names - self.present.shape[1]
@@ -73,15 +77,22 @@ class Targets:
         )
 
 
-def most_frequent_classes(sem_seg, weight, num_classes, keep):
-    """Weight (B, H, W) without the pixels of all but the `keep` most frequent classes of each image: noise must not
-    show more classes than can be kept."""
-    if num_classes <= keep:
+def keep_most_frequent_classes(sem_seg, weight, num_classes, max_classes):
+    """Drop the pixels of all but the most frequent classes of each image.
+
+    Noisy pseudo-labels may show more classes than HSQG can select.
+
+    Args:
+        sem_seg: (B, H, W) int64. weight: (B, H, W) validity. max_classes: classes that an image may show.
+    Returns:
+        (B, H, W), `weight` with zeros at the dropped pixels.
+    """
+    if num_classes <= max_classes:
         return weight
     known = (sem_seg >= 0) & (sem_seg < num_classes)
     label = torch.where(known, sem_seg, 0).flatten(1)
     counts = weight.new_zeros(len(sem_seg), num_classes).scatter_add(1, label, (weight * known).flatten(1))
-    frequent = torch.zeros_like(counts, dtype=torch.bool).scatter(1, counts.topk(keep, dim=1).indices, True)
+    frequent = torch.zeros_like(counts, dtype=torch.bool).scatter(1, counts.topk(max_classes, dim=1).indices, True)
     return weight * (frequent.gather(1, label).view_as(sem_seg) & known)
 
 
@@ -117,9 +128,11 @@ def build_targets(
     if segments == "class_regions":
         segment_map, labels = _class_regions(sem_seg, valid, present)
     elif segments == "components":
-        segment_map, labels = _largest(sem_seg, valid, max_segments, lambda b, classes: _components(classes, min_area))
+        segment_map, labels = _keep_largest(
+            sem_seg, valid, max_segments, lambda b, classes: list(connected_components(classes, min_area))
+        )
     else:
-        segment_map, labels = _largest(
+        segment_map, labels = _keep_largest(
             sem_seg, valid, max_segments, lambda b, classes: _instances(classes, instances[b].cpu().numpy(), things)
         )
     has_pixel = valid.flatten(1).any(dim=1).to(weight.dtype)
@@ -129,10 +142,6 @@ def build_targets(
     return Targets(sem_seg, weight, segment_map, labels, share * has_pixel, share * has_pixel, present, unknown)
 
 
-# What the instance queries are matched to.
-SEGMENTS = ("class_regions", "components", "instances")
-
-
 def _class_regions(sem_seg, valid, present):
     """One segment per class that has a valid pixel."""
     index = present.cumsum(1) - 1  # (B, K)
@@ -140,10 +149,13 @@ def _class_regions(sem_seg, valid, present):
     return torch.where(valid, segments, -1), [row.nonzero()[:, 0] for row in present]
 
 
-def _largest(sem_seg, valid, max_segments, find):
-    """The largest segments of each image; smaller and surplus ones are unknown.
+def _keep_largest(sem_seg, valid, max_segments, find):
+    """Keep the largest segments of each image; the pixels of the others belong to no segment.
 
-    find: (image's number, its classes (H, W), -1 where not valid) -> list of (class, mask (H, W) bool).
+    Args:
+        find: function (image index, its classes (H, W), -1 where not valid) -> list of (class, mask (H, W) bool).
+    Returns:
+        segment map (B, H, W), and B tensors (M_b,) with the class of each segment.
     """
     segment_map, labels = torch.full_like(sem_seg, -1), []
     for b in range(len(sem_seg)):
@@ -155,18 +167,9 @@ def _largest(sem_seg, valid, max_segments, find):
     return segment_map, labels
 
 
-def _components(classes, min_area):
-    """Connected components of the class regions, of at least min_area pixels."""
-    found = []
-    for k in np.unique(classes[classes >= 0]):
-        _, parts, stats, _ = cv2.connectedComponentsWithStats((classes == k).astype(np.uint8), connectivity=8)
-        found += [(int(k), parts == i) for i in range(1, len(stats)) if stats[i, cv2.CC_STAT_AREA] >= min_area]
-    return found
-
-
 def _instances(classes, numbers, things):
-    """True objects, and the regions of the classes that have none. A thing's pixel without a number is unknown."""
-    # Objects are told apart by class too: a number may be used again for another class.
+    """Single objects, and the regions of stuff classes; a thing's pixels without an object number are in no segment."""
+    # Object numbers may repeat across classes, so an object is a pair (class, number).
     single = (numbers > 0) & (classes >= 0)
     found = [
         (int(k), single & (classes == k) & (numbers == n))
@@ -174,3 +177,45 @@ def _instances(classes, numbers, things):
     ]
     stuff = np.setdiff1d(np.unique(classes[classes >= 0]), things)
     return found + [(int(k), (classes == k) & ~single) for k in stuff if ((classes == k) & ~single).any()]
+
+
+class TargetBuilder:
+    """Builds Targets from training inputs (see HierVL.forward), padded as the images are.
+
+    Args:
+        segments: one of SEGMENTS. min_area: of components, in pixels. max_segments: per image.
+        things: ids of the classes whose objects are numbered.
+        max_classes: classes that a pseudo-labeled image may show; None: all.
+        size_divisibility: images are padded to multiples of it.
+    """
+
+    def __init__(self, *, segments, min_area, max_segments, things=(), max_classes=None, size_divisibility=1):
+        self.segments, self.min_area, self.max_segments = segments, min_area, max_segments
+        self.things, self.max_classes, self.size_divisibility = tuple(things), max_classes, size_divisibility
+
+    def __call__(self, inputs: list, num_classes: int, device) -> Targets:
+        """Targets of inputs that are all labeled, or all pseudo-labeled."""
+        pseudo = inputs[0].get("pseudo", False)
+        sem_seg = self._stack(inputs, "sem_seg", device, padding=-1)
+        weight = [x["weight"] if "weight" in x else torch.ones(x["sem_seg"].shape) for x in inputs]
+        weight = pad_to_multiple(torch.stack(weight).to(device, torch.float32), self.size_divisibility)
+        # The teacher finds regions, not objects: for "instances" they are cut into components.
+        segments = "components" if pseudo and self.segments == "instances" else self.segments
+        if pseudo and self.max_classes is not None:
+            weight = keep_most_frequent_classes(sem_seg, weight, num_classes, self.max_classes)
+        return build_targets(
+            sem_seg,
+            weight,
+            num_classes,
+            image_weight=weight.new_tensor([x["image_weight"] for x in inputs]) if pseudo else None,
+            unknown=torch.stack([x["unknown"] for x in inputs]).to(device) if pseudo else None,
+            segments=segments,
+            min_area=self.min_area,
+            max_segments=self.max_segments,
+            instances=self._stack(inputs, "instances", device, padding=0) if segments == "instances" else None,
+            things=self.things,
+        )
+
+    def _stack(self, inputs, key, device, padding):
+        maps = torch.stack([x[key] for x in inputs]).to(device, non_blocking=True)  # (B, H, W)
+        return pad_to_multiple(maps, self.size_divisibility, padding)

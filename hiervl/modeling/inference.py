@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import nn
 
-from ..errors import UserError
-
 
 @dataclass
 class Probabilities:
@@ -93,8 +91,8 @@ class InferenceProtocol:
             mirrored images.
         selected_only: return the selected classes only, not all K. short_side: to which the loader resizes test images;
             only stated here.
-    Raises:
-        UserError: values that do not go together.
+
+    Which values go together is checked by config.validate.
     """
 
     @configurable
@@ -108,20 +106,6 @@ class InferenceProtocol:
         selected_only=False,
         short_side=0,
     ):
-        if mode not in ("whole", "sliding"):
-            raise UserError(f"TEST.MODE: {mode!r} is not one of whole, sliding.")
-        if mode == "sliding" and not all(0 < step <= edge for step, edge in zip(stride, window)):
-            raise UserError(
-                f"TEST.STRIDE: {tuple(stride)} must lie between 1 and TEST.WINDOW, {tuple(window)}, or "
-                "pixels between the windows are never seen."
-            )
-        if not scales or min(scales) <= 0:
-            raise UserError(f"TEST.SCALES: {tuple(scales)} must be one or more factors above 0.")
-        if selected_only and (mode == "sliding" or flip or len(scales) > 1):
-            raise UserError(
-                "TEST.SELECTED_ONLY needs TEST.MODE whole, one scale and no TEST.FLIP: every window and view "
-                "selects other classes."
-            )
         self.mode, self.window, self.stride = mode, tuple(window), tuple(stride)
         self.scales, self.flip, self.selected_only, self.short_side = tuple(scales), flip, selected_only, short_side
 
@@ -190,12 +174,6 @@ def resize_maps(maps, size, antialias=False):
     if tuple(size) == tuple(maps.shape[2:]):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
-
-
-def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:
-    """Pad (B, 3, H, W) at the right and bottom with zeros to multiples of `divisor`."""
-    height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % divisor, 0, -height % divisor))
 
 
 def sliding_window(images, predict, window, stride):

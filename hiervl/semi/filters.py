@@ -4,20 +4,19 @@ A filter is a function (pseudo, weight, state, **options) -> factor in [0, 1] pe
 factors, so that a filter can only lower weights. `state` is a dict that the filter may keep between iterations
 (saved in the checkpoint; per-class entries are keyed by class name). To add one: write the function, decorate it,
 add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS; if it reads a language module's output, enter it in
-NEEDS.
+config/validate.py's FILTER_NEEDS.
 """
 
 from dataclasses import dataclass
 
-import cv2
 import detectron2.utils.comm as comm
 import numpy as np
 import torch
 import torch.distributed
-import torch.nn.functional as F
 
 from ..errors import UserError
 from ..modeling.inference import upsample_to_image
+from ..utils.label_maps import connected_components, near_boundary
 
 
 @dataclass
@@ -48,7 +47,6 @@ class PseudoLabels:
 
 
 FILTERS = {}
-NEEDS = {"text_agreement": "CMSAM", "relevance": "HSQG"}  # the module of MODEL that a filter's teacher must have
 
 
 def register(function):
@@ -102,22 +100,17 @@ def region(pseudo, weight, state, *, min_area):
     """Drop connected regions of one label, among the pixels kept so far, smaller than `min_area` pixels."""
     labels = torch.where(weight > 0, pseudo.labels, -1).cpu().numpy()
     keep = np.zeros(labels.shape, dtype=np.float32)
-    for image, kept in zip(labels, keep):
-        for k in np.unique(image[image >= 0]):
-            _, parts, stats, _ = cv2.connectedComponentsWithStats((image == k).astype(np.uint8), connectivity=8)
-            large = stats[:, cv2.CC_STAT_AREA] >= min_area
-            large[0] = False
-            kept[large[parts]] = 1
+    for image_labels, image_keep in zip(labels, keep):
+        for _, mask in connected_components(image_labels, min_area):
+            image_keep[mask] = 1
     return torch.from_numpy(keep).to(weight)
 
 
 @register
 def boundary(pseudo, weight, state, *, margin):
     """Drop pixels that lie within `margin` pixels of another label."""
-    labels = pseudo.labels[:, None].float()
-    window = {"kernel_size": 2 * margin + 1, "stride": 1, "padding": margin}
-    same = (F.max_pool2d(labels, **window) == labels) & (-F.max_pool2d(-labels, **window) == labels)
-    return same[:, 0].to(weight)
+    everywhere = torch.ones_like(pseudo.labels, dtype=torch.bool)
+    return (~near_boundary(pseudo.labels, everywhere, margin)).to(weight)
 
 
 @register
@@ -147,16 +140,6 @@ class FilterChain:
 
     @classmethod
     def from_config(cls, cfg):
-        """
-        Raises:
-            UserError: a filter that reads what this config's teacher does not say.
-        """
-        for name in cfg.SEMI.FILTERS:
-            if name in NEEDS and not cfg.MODEL[NEEDS[name]].ENABLED:
-                raise UserError(
-                    f"SEMI.FILTERS: the filter {name!r} needs MODEL.{NEEDS[name]}.ENABLED True; set it, or "
-                    "leave the filter out."
-                )
         options = cfg.SEMI.FILTER
         return cls(
             [(name, {k.lower(): v for k, v in options.get(name.upper(), {}).items()}) for name in cfg.SEMI.FILTERS]

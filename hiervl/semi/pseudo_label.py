@@ -4,7 +4,6 @@ batch is made of it (strong views after CutMix, and the weak view under feature 
 import torch
 from detectron2.engine import HookBase
 
-from ..errors import UserError
 from .filters import FilterChain, PseudoLabels
 
 
@@ -33,10 +32,6 @@ class PseudoLabelHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg):
-        if not 0 <= cfg.SEMI.FEATURE_DROPOUT < 1:
-            raise UserError(
-                f"SEMI.FEATURE_DROPOUT is {cfg.SEMI.FEATURE_DROPOUT}; it is a share of channels, from 0 to below 1."
-            )
         return cls(
             FilterChain.from_config(cfg),
             burn_in=cfg.SEMI.BURN_IN,

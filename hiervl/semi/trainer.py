@@ -20,6 +20,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import AtomicCheckpointer, TrainedNames
 from ..losses.criterion import Normalizers
+from ..losses.regularizers import LABELED, PSEUDO
 from ..data.loaders import build_train_loader
 from ..errors import UserError
 from ..evaluation.report import summary_table
@@ -146,16 +147,14 @@ class SemiSupervisedTrainer(TrainerBase):
         return self._iterator
 
     def run_step(self):
-        chunks = self._micro_batches()
-        normalizers = self._normalizers(chunks)
+        batches = [self.student.prepare_batch(inputs) for inputs in self._micro_batches()]
+        normalizers = self._normalizers(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1
-            with self._gradient_sync(last), self.autocast():
-                losses = self.model(chunk, normalizers)
+        for i, batch in enumerate(batches):
+            with self._gradient_sync(last=i == len(batches) - 1), self.autocast():
+                losses = self.model(batch, normalizers)
                 self._total(losses).backward()
-            for name, value in losses.items():
-                self.log[name] = self.log[name] + value.detach() if i else value.detach()
+            self._add_to_log(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.SOLVER.CLIP_NORM, foreach=True)
         if not torch.isfinite(norm):
             self._report_non_finite()
@@ -169,14 +168,14 @@ class SemiSupervisedTrainer(TrainerBase):
         parts, labeled, pseudo = self.cfg.SOLVER.ACCUMULATE, self.batch["labeled"], self.pseudo_inputs
         return [labeled[i::parts] + pseudo[i::parts] for i in range(parts)]
 
-    def _normalizers(self, chunks):
+    def _normalizers(self, batches) -> dict:
         """Denominators over all micro-batches, as a mean over ranks (distributed gradients are averaged)."""
-        own = [self.student.normalizers(chunk) for chunk in chunks]
-        total = torch.stack([sum(n[kind].stack() for n in own) for kind in ("labeled", "pseudo")])  # (2, 4)
+        each = [self.student.normalizers(batch) for batch in batches]
+        total = torch.stack([sum(n[kind].stack() for n in each) for kind in (LABELED, PSEUDO)])  # (2, 4)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
         labeled, pseudo = total / comm.get_world_size()
-        return {"labeled": Normalizers.unstack(labeled), "pseudo": Normalizers.unstack(pseudo)}
+        return {LABELED: Normalizers.unstack(labeled), PSEUDO: Normalizers.unstack(pseudo)}
 
     def _gradient_sync(self, last):
         """Gradients are exchanged between ranks once, after the last micro-batch."""
@@ -191,10 +190,17 @@ class SemiSupervisedTrainer(TrainerBase):
         step = self.iter - semi.BURN_IN
         return semi.WEIGHT * min(1.0, (step + 1) / max(semi.RAMP, 1)) if step >= 0 else 0.0
 
-    def _total(self, losses):
-        """What is minimized: the sum of the losses, those of the pseudo-labeled images times λ_u."""
-        weight = self.unlabeled_weight()
-        return sum(value * (weight if name.startswith("loss_u_") else 1.0) for name, value in losses.items())
+    def _total(self, losses: dict):
+        """What is minimized: the sum of the losses, those of the pseudo-labeled images times lambda_u."""
+        weight = {LABELED: 1.0, PSEUDO: self.unlabeled_weight()}
+        return sum(value * weight[kind] for kind, of_kind in losses.items() for value in of_kind.values())
+
+    def _add_to_log(self, losses: dict):
+        """Sum up the losses of the micro-batches: "loss_mask" of labeled images, "pseudo/loss_mask" of the others."""
+        for kind, of_kind in losses.items():
+            for name, value in of_kind.items():
+                name = name if kind == LABELED else f"{kind}/{name}"
+                self.log[name] = self.log.get(name, 0) + value.detach()
 
     def _report_non_finite(self):
         files = [x["file_name"] for kind in self.batch.values() for x in kind]
@@ -213,11 +219,14 @@ class SemiSupervisedTrainer(TrainerBase):
         if self.should_log():
             values = torch.stack([value.float() for value in self.log.values()]).tolist()
             log = dict(zip(self.log, values))
-            total = self._total({name: value for name, value in log.items() if name.startswith("loss_")})
+            losses = {
+                LABELED: {name: value for name, value in log.items() if name.startswith("loss_")},
+                PSEUDO: {name: value for name, value in log.items() if name.startswith(f"{PSEUDO}/loss_")},
+            }
             self.storage.put_scalars(
                 **log,
                 unlabeled_weight=self.unlabeled_weight(),
-                total_loss=total,
+                total_loss=self._total(losses),
                 data_time=self._data_time,
                 smoothing_hint=False,
             )

@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
-from hiervl.losses.criterion import Criterion, balanced_presence_loss
+from hiervl.losses.criterion import Criterion
+from hiervl.losses.mask_losses import balanced_presence_loss
 from hiervl.modeling.dual_query_decoder import QueryPredictions
 from hiervl.modeling.inference import ClassScoreHead
 from hiervl.losses.matcher import HungarianMatcher
 from hiervl.losses.points import SharedPoints, pixel_centers, sample_maps
+from hiervl.losses.semantic_set import match_within_class
 from hiervl.losses.targets import build_targets
 
 K, N, E, SIZE, GRID, DIM = 4, 6, 3, 32, 8, 12
@@ -183,7 +185,8 @@ def test_matched_semantic_queries_share_the_segments_of_their_class():
     points = SharedPoints.draw(targets, 600)
     read = sample_maps(features, points.point_coords)
     regions = torch.stack([torch.einsum("bekc,bpc->bekp", p.semantic_mask_embed, read) for p in predictions])
-    weight, (layer, image, scale, kind, segment) = criterion._match_within_class(regions, targets, points)
+    assignment = match_within_class(regions, targets, points, criterion.matcher)
+    (layer, _, scale, kind), segment, weight = assignment.index, assignment.segment, assignment.weight
     assert (weight == points.weight).all()
     for own, classes in enumerate(targets.labels[0].tolist()):
         assert set(kind[segment == own].tolist()) == {classes}  # nobody takes another class's segment
@@ -208,7 +211,8 @@ def test_of_more_segments_than_queries_the_largest_are_shared():
     # Masks that fit the smallest segment and no other: it is not taken for all that.
     smallest = (targets.labels[0] == 0).nonzero()[-1, 0]
     regions = torch.where(points.segment[0] == smallest, 9.0, -9.0).expand(1, 1, E, K, -1)
-    weight, (_, _, _, kind, segment) = criterion._match_within_class(regions, targets, points)
+    assignment = match_within_class(regions, targets, points, criterion.matcher)
+    kind, segment, weight = assignment.index[3], assignment.segment, assignment.weight
     taken = sorted(segment[kind == 0].tolist())
     assert taken == (targets.labels[0] == 0).nonzero()[:E, 0].tolist()
     assert ((weight[0] == 0) == (points.segment[0] == smallest)).all()

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from hiervl.losses.criterion import dice_loss, sigmoid_ce_loss
+from hiervl.losses.mask_losses import dice_loss, sigmoid_ce_loss
 from hiervl.losses.matcher import HungarianMatcher, dice_cost, sigmoid_ce_cost
 
 K, N, P = 4, 6, 100

@@ -101,13 +101,14 @@ def test_unknown_filter_is_a_users_mistake():
         FilterChain([("confidance", {})])
 
 
-@pytest.mark.parametrize("name, module, other", [("text_agreement", "CMSAM", "HSQG"), ("relevance", "HSQG", "CMSAM")])
-def test_a_filter_without_its_language_module_is_refused_at_once(name, module, other):
-    filters = ["SEMI.FILTERS", ("confidence", name)]
-    with pytest.raises(UserError, match=f"SEMI.FILTERS.*'{name}' needs MODEL.{module}.ENABLED"):
-        FilterChain.from_config(load_config("", [*filters, f"MODEL.{module}.ENABLED", False]))
-    chain = FilterChain.from_config(load_config("", [*filters, f"MODEL.{other}.ENABLED", False]))
-    assert [step for step, _ in chain.steps] == ["confidence", name]
+def test_a_filter_without_its_language_module_is_refused_at_once():
+    alone = ["MODEL.DECODER.SEMANTIC", False, "MODEL.CMSAM.ENABLED", False]
+    with pytest.raises(UserError, match="SEMI.FILTERS.*'text_agreement' needs MODEL.CMSAM.ENABLED"):
+        load_config("", ["SEMI.FILTERS", ("confidence", "text_agreement"), *alone])
+    with pytest.raises(UserError, match="SEMI.FILTERS.*'relevance' needs MODEL.HSQG.ENABLED"):
+        load_config("", ["SEMI.FILTERS", ("relevance",), "MODEL.HSQG.ENABLED", False, *alone])
+    chain = FilterChain.from_config(load_config("", ["SEMI.FILTERS", ("confidence", "relevance"), *alone]))
+    assert [step for step, _ in chain.steps] == ["confidence", "relevance"]
 
 
 def test_text_agreement_reads_the_scores_where_the_pixel_is():

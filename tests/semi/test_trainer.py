@@ -105,8 +105,8 @@ def test_the_logged_total_is_the_loss_that_is_minimized(make_cfg, tmp_path):
     lines = [line for line in lines if "total_loss" in line]  # the others are evaluations
     assert [line["unlabeled_weight"] for line in lines] == [0.0, 0.0, 0.25, 0.5]
     for line in lines:
-        labeled = sum(v for k, v in line.items() if k.startswith("loss_") and not k.startswith("loss_u_"))
-        pseudo = sum(v for k, v in line.items() if k.startswith("loss_u_"))
+        labeled = sum(v for k, v in line.items() if k.startswith("loss_"))
+        pseudo = sum(v for k, v in line.items() if k.startswith("pseudo/loss_"))
         assert (pseudo > 0) == (line["unlabeled_weight"] > 0)
         assert line["total_loss"] == pytest.approx(labeled + line["unlabeled_weight"] * pseudo)
 

@@ -238,7 +238,7 @@ def test_the_network_trains_and_predicts_with_it(name):
         backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1, num_heads=4, num_points=2, feedforward_dim=32
     )
     network = make_network(backbone=backbone, pixel_decoder=pixel_decoder)
-    losses = network.train()([training_input(size=64)])
+    losses = network.train()([training_input(size=64)])["labeled"]
     sum(losses.values()).backward()
     assert not [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
     image = torch.randint(0, 256, (3, 45, 71), dtype=torch.uint8)
@@ -255,12 +255,12 @@ def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed()
     ).train()
     inputs = [pseudo_input(teacher=True)]
     torch.manual_seed(1)
-    loss = network(inputs)["loss_u_guidance"]
+    loss = network(inputs)["pseudo"]["loss_guidance"]
     loss.backward()
     assert loss > 0 and (network.alignment.scales[2].pixel.weight.grad != 0).any()
     assert all(p.grad is None for p in network.regularizers.initial.parameters())
     network.regularizers.progress = 1.0
-    assert network(inputs)["loss_u_guidance"] == 0
+    assert network(inputs)["pseudo"]["loss_guidance"] == 0
 
 
 def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
@@ -271,14 +271,17 @@ def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
         kind="hiervl",
         weights={"guidance": 1.0},
     ).train()
-    image = torch.rand(1, 3, 32, 32)
-    output = SimpleNamespace(
+    context = SimpleNamespace(
+        images=torch.rand(1, 3, 32, 32),
         selected=SimpleNamespace(index=torch.tensor([[4, 5]])),
         aligned=SimpleNamespace(similarity=torch.rand(1, 2, 8, 8, requires_grad=True)),
+        anchors=network.text.anchors(),
+        num_classes=4,
+        similarity_temperature=network.alignment.score_temperature(),
     )
-    loss = REGULARIZERS["guidance"][0](network, SimpleNamespace(output=output, images=image))
+    loss = REGULARIZERS["guidance"][0](context, network.regularizers)
     loss.backward()
-    assert loss == 0 and (output.aligned.similarity.grad == 0).all()
+    assert loss == 0 and (context.aligned.similarity.grad == 0).all()
 
 
 def test_towers_of_another_kind_are_refused():

@@ -1,0 +1,15 @@
+"""The config: every key with its default, reading it from files, and checking it."""
+
+from .defaults import add_hiervl_config
+from .load import RENAMED, config_keys, load_config, read_config_file, use_cpu_without_gpu
+from .validate import validate
+
+__all__ = [
+    "RENAMED",
+    "add_hiervl_config",
+    "config_keys",
+    "load_config",
+    "read_config_file",
+    "use_cpu_without_gpu",
+    "validate",
+]
