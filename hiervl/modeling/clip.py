@@ -45,7 +45,7 @@ def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
             alternative = ", or use an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
             raise UserError(
                 f"{key}: the weights {model} {pretrained} could not be downloaded; download them on another machine "
-                f"and set {key}.PRETRAINED to the file (with MODEL {name}){alternative}. {reason}"
+                f"and set {key}.PRETRAINED to the file and {key}.MODEL to {name}{alternative}. {reason}"
             ) from error
         raise UserError(
             f"{model if brings_weights else pretrained}: does not contain the weights of {key}.MODEL {model} "

@@ -64,9 +64,8 @@ def test_required_classes_are_selected_first_and_then_the_most_relevant():
     required = torch.zeros(B, 7, dtype=torch.bool)
     required[0, 5] = required[1, 2] = required[1, 6] = True
     selected = generator(torch.randn(B, C, 3, 5), text, required=required)
-    assert (
-        selected.index.shape == (B, 3) and selected.text.shape == (B, 3, DT) and selected.queries.shape == (B, 3, 3, D)
-    )
+    assert selected.index.shape == (B, 3)
+    assert selected.text.shape == (B, 3, DT) and selected.queries.shape == (B, 3, 3, D)
     for b in range(B):
         required_index = required[b].nonzero()[:, 0].tolist()
         other_logits = selected.logits[b].masked_fill(required[b], -torch.inf)
@@ -76,10 +75,9 @@ def test_required_classes_are_selected_first_and_then_the_most_relevant():
 
 
 def test_more_required_classes_than_top_k_are_an_error():
+    required = torch.tensor([[1, 1, 1, 0, 0, 0]] * B).bool()
     with pytest.raises(UserError, match="MODEL.HSQG.TOP_K is 2, but a training image shows 3"):
-        make_generator(top_k=2)(
-            torch.randn(B, C, 3, 5), random_texts(), required=torch.tensor([[1, 1, 1, 0, 0, 0]] * B).bool()
-        )
+        make_generator(top_k=2)(torch.randn(B, C, 3, 5), random_texts(), required=required)
 
 
 def test_untrained_names_and_the_most_relevant_class_are_never_suppressed():
@@ -109,8 +107,5 @@ def test_images_of_a_batch_may_have_different_numbers_of_suppressed_classes():
 
 def test_queries_are_made_for_the_selected_classes_only():
     selected = make_generator(top_k=48)(torch.randn(1, C, 3, 5), random_texts(1000))
-    assert (
-        selected.index.shape == (1, 48)
-        and selected.queries.shape == (1, 3, 48, D)
-        and selected.logits.shape == (1, 1000)
-    )
+    assert selected.index.shape == (1, 48) and selected.queries.shape == (1, 3, 48, D)
+    assert selected.logits.shape == (1, 1000)
