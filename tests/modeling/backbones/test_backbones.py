@@ -69,7 +69,7 @@ def test_resnet_of_detectron2():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
 
 
-def test_frozen_norms_of_detectron2s_convolutions_are_folded_without_changing_anything():
+def test_frozen_norms_of_detectron2s_convolutions_are_folded_without_changing_results():
     torch.manual_seed(0)
     plain = BottleneckBlock(8, 16, bottleneck_channels=4, norm="FrozenBN")
     for norm in (m for m in plain.modules() if isinstance(m, FrozenBatchNorm2d)):
