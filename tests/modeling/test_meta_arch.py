@@ -176,7 +176,7 @@ def test_other_classes_need_no_other_weights():
     network.set_classes(["class 1"])
     assert network(image)[0]["sem_seg"].shape == (1, 64, 64)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    with pytest.raises(UserError, match="given twice"):
+    with pytest.raises(UserError, match="listed more than once"):
         network.set_classes(["class 1", "class 1"])
     with pytest.raises(UserError, match="fixed"):
         make_network(kind="linear").set_classes(["class 1"])
