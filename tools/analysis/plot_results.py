@@ -7,6 +7,7 @@ Without --runs, reads docs/results/*.json and writes learning_curves.png and abl
 --runs, reads metrics.json and results.json of training runs (Detectron2's JSON lines, with keys such as
 camvid_val/teacher/mIoU) and draws one curve per run.
 """
+
 import argparse
 import io
 import json
@@ -72,8 +73,10 @@ def read_run(folder: str, metric: str = "mIoU", model: str = "teacher", data_set
     name = data_set or (seen[0] if seen else "")
     if name not in values:
         wanted = f"{name or 'DATA_SET'}/{model}/{metric}"
-        raise UserError(f"{path}: has no {wanted}; check --model, --metric and --data-set, or evaluate more often "
-                        "(TEST.EVAL_PERIOD).")
+        raise UserError(
+            f"{path}: has no {wanted}; check --model, --metric and --data-set, or evaluate more often "
+            "(TEST.EVAL_PERIOD)."
+        )
     curve = values[name]
     if last := _last_result(folder, name, model, metric):
         curve = {i: value for i, value in curve.items() if i < last[0]} | dict([last])
@@ -156,9 +159,16 @@ def draw_curves(axes, curves: list, decimals: int = 1) -> None:
     inches = axes.figure.get_figheight() * axes.get_position().height
     places = spread([curve.values[-1] for curve in curves], (high - low) * 0.19 / inches)
     for curve, place in zip(curves, places):
-        axes.annotate(f"{curve.label} {curve.values[-1]:.{decimals}f}", (curve.iterations[-1], curve.values[-1]),
-                      xytext=(1.03, place), textcoords=axes.get_yaxis_transform(), color=curve.color, va="center",
-                      fontsize=10, annotation_clip=False)
+        axes.annotate(
+            f"{curve.label} {curve.values[-1]:.{decimals}f}",
+            (curve.iterations[-1], curve.values[-1]),
+            xytext=(1.03, place),
+            textcoords=axes.get_yaxis_transform(),
+            color=curve.color,
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+        )
 
 
 def _bare(axes):
@@ -183,12 +193,25 @@ def learning_curves(data: dict, model: str = "teacher") -> Figure:
         axes.yaxis.set_major_locator(MultipleLocator(5))
         axes.set_xlabel("student iteration", fontsize=11)
         axes.set_title(f"seed {seed}", fontsize=11, loc="left")
-        draw_curves(axes, [Curve(curve["method"], data["iterations"], curve[model], *STYLES[curve["method"]])
-                           for curve in data["curves"] if curve["seed"] == seed])
+        draw_curves(
+            axes,
+            [
+                Curve(curve["method"], data["iterations"], curve[model], *STYLES[curve["method"]])
+                for curve in data["curves"]
+                if curve["seed"] == seed
+            ],
+        )
         start = data["pseudo_labels_from"]
         axes.axvline(start, color="#999999", linewidth=1, linestyle=":")
-        axes.annotate("pseudo-labels\nfrom here", (start, axes.get_ylim()[1]), xytext=(4, -2),
-                      textcoords="offset points", fontsize=9.5, color="#595959", va="top")
+        axes.annotate(
+            "pseudo-labels\nfrom here",
+            (start, axes.get_ylim()[1]),
+            xytext=(4, -2),
+            textcoords="offset points",
+            fontsize=9.5,
+            color="#595959",
+            va="top",
+        )
     panels[0].set_ylabel(data["metric"], fontsize=11)
     figure.suptitle(data["title"], x=0.065, ha="left", fontsize=13, fontweight="bold")
     return figure
@@ -242,11 +265,15 @@ def run_curves(folders: list, metric: str, model: str, data_set: str) -> Figure:
     for place, (folder, label) in enumerate(zip(folders, run_labels(folders))):
         name, points = read_run(folder, metric, model, data_set)
         names.append(name)
-        curves.append(Curve(label, list(points), list(points.values()), PALETTE[place % len(PALETTE)],
-                            MARKERS[place % len(MARKERS)]))
+        curves.append(
+            Curve(
+                label, list(points), list(points.values()), PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+            )
+        )
     if len(set(names)) > 1:
-        raise UserError(f"--runs: evaluated on different data sets ({', '.join(dict.fromkeys(names))}); choose one "
-                        "with --data-set.")
+        raise UserError(
+            f"--runs: evaluated on different data sets ({', '.join(dict.fromkeys(names))}); choose one with --data-set."
+        )
     margin = 0.6 + 0.08 * max(len(curve.label) + 5 for curve in curves)  # inches for the names at the right
     width, height = 6 + margin, max(4, 0.2 * len(curves) + 1.5)
     figure = Figure(figsize=(width, height))
@@ -306,8 +333,10 @@ def run(args):
         sources = [DOCS / "results" / "learning_curves.json", DOCS / "results" / "ablation.json"]
         curves, rows = (json.loads(path.read_text(encoding="utf-8")) for path in sources)
         folder = args.out or str(DOCS / "figures")
-        figures = {os.path.join(folder, "learning_curves.png"): learning_curves(curves),
-                   os.path.join(folder, "ablation.png"): ablation(rows)}
+        figures = {
+            os.path.join(folder, "learning_curves.png"): learning_curves(curves),
+            os.path.join(folder, "ablation.png"): ablation(rows),
+        }
     check(list(figures), sources)
     for path, figure in figures.items():
         save(figure, path)

@@ -1,4 +1,5 @@
 """Runs are read as the trainer writes them; labels do not overlap; no file of another hand is overwritten."""
+
 import json
 
 import pytest
@@ -13,8 +14,16 @@ def make_run(folder, evaluations, last=None, data_set="camvid_val"):
     folder.mkdir(parents=True)
     lines = [json.dumps({"iteration": 19, "total_loss": 3.0})]
     for iteration, value in evaluations:
-        lines.append(json.dumps({f"{data_set}/teacher/mIoU": value, f"{data_set}/teacher/mIoU_all": 1.0,
-                                 f"{data_set}/student/mIoU": value - 1, "iteration": iteration}))
+        lines.append(
+            json.dumps(
+                {
+                    f"{data_set}/teacher/mIoU": value,
+                    f"{data_set}/teacher/mIoU_all": 1.0,
+                    f"{data_set}/student/mIoU": value - 1,
+                    "iteration": iteration,
+                }
+            )
+        )
     (folder / "metrics.json").write_text("\n".join(lines) + "\n")
     if last:
         entry = {"iteration": last[0], data_set: {"teacher": {"mIoU": last[1]}}}
@@ -45,9 +54,14 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     assert tool.read_run(run)[1] == {500: 40.0}
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "cannot be read"), ('{"iteration": 1}\n', "DATA_SET/teacher/mIoU"), ("not JSON\n{}\n", "line 1: not JSON"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "cannot be read"),
+        ('{"iteration": 1}\n', "DATA_SET/teacher/mIoU"),
+        ("not JSON\n{}\n", "line 1: not JSON"),
+    ],
+)
 def test_mistakes_are_told_in_one_line(tmp_path, content, words):
     if content:
         (tmp_path / "metrics.json").write_text(content)
@@ -55,10 +69,16 @@ def test_mistakes_are_told_in_one_line(tmp_path, content, words):
         tool.read_run(str(tmp_path))
 
 
-@pytest.mark.parametrize("positions, expected", [
-    ([1.0, 5.0], [1.0, 5.0]), ([1.0, 1.0], [0.5, 1.5]), ([5.0, 1.0, 1.5], [5.0, 0.75, 1.75]),
-    ([0.0, 0.9, 2.0], [-0.05, 0.95, 2.0]), ([2.0, 1.0, 1.0], [2.333, 0.333, 1.333]),
-])
+@pytest.mark.parametrize(
+    "positions, expected",
+    [
+        ([1.0, 5.0], [1.0, 5.0]),
+        ([1.0, 1.0], [0.5, 1.5]),
+        ([5.0, 1.0, 1.5], [5.0, 0.75, 1.75]),
+        ([0.0, 0.9, 2.0], [-0.05, 0.95, 2.0]),
+        ([2.0, 1.0, 1.0], [2.333, 0.333, 1.333]),
+    ],
+)
 def test_labels_are_spread(positions, expected):
     assert tool.spread(positions, 1.0) == pytest.approx(expected, abs=0.01)
 
@@ -94,6 +114,12 @@ def test_the_table_of_the_documentation_has_the_plotted_numbers():
     section = text.split("## Ablations")[1].split("\n## ")[0]
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if "|" in line]
     assert [[line[0], line[1].rstrip(" †"), *line[2:5]] for line in table[2:]] == [
-        [row["set"], row["change"], " ".join(f"{value:.1f}" for value in row["baseline"]),
-         " ".join(f"{value:.1f}" for value in row["changed"]), f"{tool.mean_difference(row):+.1f}".replace("-", "−")]
-        for row in sorted(rows, key=tool.mean_difference)]
+        [
+            row["set"],
+            row["change"],
+            " ".join(f"{value:.1f}" for value in row["baseline"]),
+            " ".join(f"{value:.1f}" for value in row["changed"]),
+            f"{tool.mean_difference(row):+.1f}".replace("-", "−"),
+        ]
+        for row in sorted(rows, key=tool.mean_difference)
+    ]
