@@ -49,7 +49,7 @@ def draw_valid_points(weight: torch.Tensor, num_points: int) -> torch.Tensor:
     Args:
         weight: (B, H, W).
     Returns:
-        (B, num_points) int64, indices into H*W. An image without a valid pixel gets arbitrary points; their weight is 0.
+        (B, num_points) int64, indices into H*W; arbitrary ones, of weight 0, in an image without a valid pixel.
     """
     num_valid = (weight > 0).flatten(1).cumsum(dim=1)  # (B, H*W), valid pixels so far, in raster order
     total = num_valid[:, -1:]
