@@ -1,10 +1,12 @@
-"""Segment images with a trained network, in a few lines of Python.
+"""Segment images with a trained network, in a few lines of Python:
 
-from hiervl import Predictor
+    from hiervl import Predictor
 
-predictor = Predictor.from_run("output/camvid_23_hiervl")
-prediction = predictor("street.jpg")
-prediction.save("street_segmented")    # street_segmented.jpg and street_segmented_labels.png
+    predictor = Predictor.from_run("output/camvid_23_hiervl")
+    prediction = predictor("street.jpg")
+    prediction.save("street_segmented")    # street_segmented.jpg and street_segmented_labels.png
+
+The network, its config, and its class names come from the run's folder.
 """
 
 import colorsys

@@ -3,11 +3,11 @@
     python tools/demo.py --config-file configs/camvid_23.yaml --input photos/*.jpg --output out \
         --opts MODEL.WEIGHTS output/camvid_23/model_final.pth
 
-For every image NAME, writes out/NAME.jpg (overlay with class names) and out/NAME_labels.png (the class index of
-each pixel, 255 where the network is less sure than --confidence). Only images of the same name get longer ones: x.jpg
-and x.png become x_jpg and x_png, a/x.jpg and b/x.jpg become a_x_jpg and b_x_jpg; what is still the same is numbered.
+For every image NAME, this writes out/NAME.jpg (overlay with class names) and out/NAME_labels.png (class index of each
+pixel, 255 where the confidence is below --confidence). Images with the same name get longer ones: x.jpg and x.png
+become x_jpg and x_png, a/x.jpg and b/x.jpg become a_x_jpg and b_x_jpg, and remaining duplicates are numbered.
 
-Never writes onto an image of --input, nor onto a file that it did not make (out/.hiervl-made lists those it made).
+It never overwrites an input image, nor a file that it did not create (out/.hiervl-made lists those it did).
 """
 
 import argparse
