@@ -1,1 +1,1 @@
-"""Data sets, splits, augmentation and loaders. Knows no model."""
+"""Datasets, splits, augmentation and loaders; independent of the model."""

@@ -1,9 +1,9 @@
-"""The strong view: color changes that leave every pixel where it is.
+"""Strong augmentation: photometric changes that do not move any pixel.
 
-Jitter, gray and blur with the strengths of UniMatch, plus CutMix boxes. Images
-are uint8 (H, W, 3) RGB; brightness, contrast and hue of a uint8 image are
-look-up tables, which makes a view cost about a millisecond at 256 x 256. All
-randomness comes from the given generator.
+Color jitter, grayscale and blur with the parameters of UniMatch, plus CutMix
+boxes. Images are uint8 (H, W, 3) RGB. Brightness, contrast and hue of a uint8
+image are lookup tables, so a view costs about a millisecond at 256 x 256. All
+randomness comes from the generator passed in.
 """
 
 import math
@@ -23,13 +23,14 @@ def strong_view(
     blur_prob: float = 0.5,
     blur_sigma: tuple[float, float] = (0.1, 2.0),
 ) -> np.ndarray:
-    """A randomly recolored and blurred copy of ``image``.
+    """Returns a randomly color-jittered and blurred copy of ``image``.
 
     Args:
-        image: uint8 (H, W, 3) RGB; not changed.
-        jitter: largest change of brightness, contrast and saturation (factors
-            in 1 +- j) and of hue (turns of the color circle, +- j).
-        jitter_prob, gray_prob, blur_prob: how often each step happens.
+        image: uint8 (H, W, 3) RGB; not modified.
+        rng: source of all draws.
+        jitter: maximum change of brightness, contrast and saturation (factors
+            in 1 +- j) and of hue (turns of the color wheel, +- j).
+        jitter_prob, gray_prob, blur_prob: probability of each step.
         blur_sigma: range of the blur's standard deviation, pixels.
     """
     if rng.random() < jitter_prob:
@@ -37,7 +38,7 @@ def strong_view(
     if rng.random() < gray_prob:
         image = _gray(image)
     if rng.random() < blur_prob:
-        # Size 0: OpenCV picks the kernel from sigma.
+        # With size (0, 0), OpenCV derives the kernel size from sigma.
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*blur_sigma))
     return image.copy()
 
@@ -50,7 +51,7 @@ def color_jitter(
     saturation: float,
     hue: float,
 ) -> np.ndarray:
-    """Changes brightness, contrast, saturation and hue, in random order."""
+    """Changes brightness, contrast, saturation and hue in random order. Arguments as for ``jitter`` of strong_view."""
     steps = [
         (adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
         (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
@@ -64,23 +65,23 @@ def color_jitter(
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """factor 0 is black, 1 the image."""
-    return cv2.LUT(image, _table(_LEVELS * factor))
+    """Scales brightness: factor 0 gives black, 1 the image."""
+    return cv2.LUT(image, _lookup_table(_LEVELS * factor))
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """factor 0 is the image's mean gray everywhere, 1 the image."""
+    """Scales contrast: factor 0 gives the image's mean gray everywhere, 1 the image."""
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return cv2.LUT(image, _table((_LEVELS - mean) * factor + mean))
+    return cv2.LUT(image, _lookup_table((_LEVELS - mean) * factor + mean))
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """factor 0 is the gray image, 1 the image."""
+    """Scales saturation: factor 0 gives the grayscale image, 1 the image."""
     return cv2.addWeighted(image, factor, _gray(image), 1 - factor, 0)
 
 
 def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
-    """Turns the color circle: 0 is the image, 0.5 its complementary colors."""
+    """Rotates the color wheel: 0 turns give the image, 0.5 its complementary colors."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 0..255
     shift = round(turns * 256)
     hsv[..., 0] = cv2.LUT(hsv[..., 0], np.roll(_LEVELS, -shift).astype(np.uint8))
@@ -95,18 +96,19 @@ def cutmix_box(
     size: tuple[float, float] = (0.02, 0.4),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> tuple[int, int, int, int] | None:
-    """The box that CutMix takes from the partner image.
+    """Draws the box that CutMix copies from the partner image.
 
     Args:
-        height, width: of the image, pixels.
-        prob: how often there is a box.
-        size: range of the box's share of the image.
-        ratio: range of its height over its width, drawn log-uniformly so that
-            upright and lying boxes are equally likely. What would stick out of
-            the image is cut off.
+        rng: source of all draws.
+        height, width: size of the image, pixels.
+        prob: probability of drawing a box at all.
+        size: range of the box's area as a fraction of the image.
+        ratio: range of its height / width, drawn log-uniformly so that tall and
+            wide boxes are equally likely. Sides are clipped to those of the
+            image.
 
     Returns:
-        (y0, x0, y1, x1), pixels, ends exclusive; or None.
+        (y0, x0, y1, x1) in pixels, y1 and x1 exclusive; or None for no box.
     """
     if rng.random() >= prob:
         return None
@@ -123,5 +125,6 @@ def _gray(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def _table(levels: np.ndarray) -> np.ndarray:
+def _lookup_table(levels: np.ndarray) -> np.ndarray:
+    """Rounds and clips (256,) float levels to a uint8 lookup table."""
     return np.clip(levels + 0.5, 0, 255).astype(np.uint8)

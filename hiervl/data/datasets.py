@@ -1,9 +1,9 @@
-"""Data sets: registered from small tables, checked at start-up.
+"""Datasets, registered from small YAML tables and checked before training.
 
-The tables of the known data sets stand in ``hiervl/data/tables``; a folder of one's own brings its table along
+The tables of the built-in datasets are in ``hiervl/data/tables``. A custom dataset keeps its table in its own folder
 (``<data root>/*/dataset.yaml``, written by ``datasets/prepare_folder.py``). Importing this module registers every
-part of every table in Detectron2's catalogs. That reads the tables alone; lists and images are touched when a
-part is asked for, so that no data set need be there at import.
+part of every table in Detectron2's catalogs. This reads only the tables; lists and images are read when a part is
+requested, so importing works without any dataset on disk.
 """
 
 import logging
@@ -27,20 +27,20 @@ DEFAULT_SPLIT_ROOT = "datasets/splits"
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One data set as its table describes it.
+    """Description of one dataset, as given by its table.
 
     Attributes:
-        name: of the data set.
+        name: name of the dataset.
         folder: its folder under the data root.
-        ignore_label: the id of pixels without a class.
+        ignore_label: id of pixels without a class.
         parts: part name -> {"list": file in the folder} or {"split_list": file under the split root}, and
-            "images", how many it has, where that is known.
+            "images", the number of images, if known.
         classes: class names in the order of their ids.
         colors: (R, G, B) of each class.
-        things: names of the classes whose instances can be counted.
-        paths: where masks and instance maps are.
-        first_instance: smaller values of an instance map are no single objects.
-        label_ids: ids of the classes in the original masks, where those differ (Cityscapes).
+        things: names of the classes with countable instances.
+        paths: rules that locate masks and instance maps.
+        first_instance: smallest value in an instance map that denotes a single object.
+        label_ids: class ids in the original masks, if they differ (Cityscapes).
     """
 
     name: str
@@ -56,10 +56,10 @@ class DatasetTable:
 
     @classmethod
     def from_file(cls, path: Path) -> "DatasetTable":
-        """Reads a table; one that lies in a data set's folder need not name the folder.
+        """Reads a table. The key ``folder`` defaults to the name of the folder that contains the file.
 
         Raises:
-            UserError: not YAML, or a key is missing.
+            UserError: the file is not YAML, or a key is missing or malformed.
         """
         try:
             table = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -78,21 +78,21 @@ class DatasetTable:
             )
         except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
             raise UserError(
-                f"{path} is not a table of a data set ({' '.join(str(error).split())}); make it again with "
+                f"{path} is not a table that describes a dataset ({' '.join(str(error).split())}); recreate it with "
                 "datasets/prepare_folder.py"
             ) from None
 
 
 def data_root() -> str:
-    """The folder that holds all data sets: DETECTRON2_DATASETS, or ``datasets``."""
+    """Returns the folder that holds all datasets: DETECTRON2_DATASETS, or ``datasets``."""
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 def dataset_root(name: str) -> str:
-    """The folder of the data set that part ``name`` belongs to.
+    """Returns the folder of the dataset that part ``name`` belongs to.
 
     Raises:
-        UserError: an unknown part, or the folder does not exist.
+        UserError: the part is unknown, or the folder does not exist.
     """
     root = os.path.join(data_root(), table_of(name).folder)
     if not os.path.isdir(root):
@@ -104,10 +104,10 @@ def dataset_root(name: str) -> str:
 
 
 def dataset_index(name: str, split_root: str = DEFAULT_SPLIT_ROOT) -> PackedIndex:
-    """All images of part ``name``, such as ``camvid_val``.
+    """Returns the index of all images of part ``name``, such as ``camvid_val``.
 
     Raises:
-        UserError: an unknown part, a missing folder, a missing or broken list.
+        UserError: the part is unknown, or its folder or list is missing or broken.
     """
     root, table = dataset_root(name), table_of(name)
     part = table.parts[name]
@@ -119,15 +119,19 @@ def dataset_index(name: str, split_root: str = DEFAULT_SPLIT_ROOT) -> PackedInde
 
 
 def table_of(name: str) -> DatasetTable:
-    """The table that part ``name`` stands in."""
-    tables = (*_tables(), *_own_tables())
+    """Returns the table that defines part ``name``.
+
+    Raises:
+        UserError: no table defines it.
+    """
+    tables = (*_builtin_tables(), *_custom_tables())
     for table in tables:
         if name in table.parts:
             if name not in MetadataCatalog or MetadataCatalog.get(name).stuff_classes != list(table.classes):
-                _register(table)  # made, or made anew, since this module was imported
+                _register(table)  # created or changed since this module was imported
             return table
-    known = ", ".join(part for table in tables for part in table.parts)
-    raise UserError(f"DATASETS: there is no data set '{name}'; known are {known}")
+    available = ", ".join(part for table in tables for part in table.parts)
+    raise UserError(f"DATASETS: unknown dataset '{name}'; available: {available}")
 
 
 def check_dataset(
@@ -139,19 +143,20 @@ def check_dataset(
     instances: bool = False,
     max_classes: int | None = None,
 ) -> None:
-    """Stops at the first thing that would stop, or silently spoil, a run hours later.
+    """Raises at the first problem that would otherwise stop a run hours later, or silently spoil it.
 
     Args:
         index: the images.
         num_classes: valid ids are 0 to num_classes - 1 and ``ignore_label``.
-        sample: look at this many images, evenly spaced; None: at all.
-        masks: also open the masks. False for unlabeled images, whose masks are never opened.
-        instances: also ask for the instance maps.
-        max_classes: so many classes may an image show (MODEL.HSQG.TOP_K); None: any number.
+        ignore_label: id of pixels without a class.
+        sample: check this many images, evenly spaced; None checks all of them.
+        masks: also check the masks. False for unlabeled images, whose masks are never opened.
+        instances: also require an instance map of the image's size.
+        max_classes: maximum number of classes in one mask (MODEL.HSQG.TOP_K); None for no limit.
 
     Raises:
         UserError: the root, an image or a mask is missing or broken; image and mask differ in size; a mask
-            has an id outside the class list, or more classes than may be; there is no instance map.
+            has an id outside the class list or too many classes; an instance map is missing or of the wrong size.
     """
     if not os.path.isdir(index.root):
         raise UserError(f"{index.root} does not exist; check DETECTRON2_DATASETS (see datasets/README.md)")
@@ -168,23 +173,34 @@ def check_dataset(
 def check_label(
     label: np.ndarray, mask: str, image: str, size: tuple[int, int], num_classes: int, ignore_label: int
 ) -> None:
-    """A label map (H, W) has its image's ``size`` and no id but class ids and the ignore label, or UserError."""
+    """Checks the size and the ids of a label map.
+
+    Args:
+        label: (H, W) integer ids.
+        mask, image: file names for error messages.
+        size: (height, width) of the image.
+        num_classes: valid ids are 0 to num_classes - 1 and ``ignore_label``.
+        ignore_label: id of pixels without a class.
+
+    Raises:
+        UserError: the sizes differ, or an id is neither a class id nor the ignore label.
+    """
     if label.shape != size:
         raise UserError(
             f"{mask} is {label.shape[1]}x{label.shape[0]}, its image {image} is "
             f"{size[1]}x{size[0]}; make the mask the size of the image"
         )
     ids = np.flatnonzero(np.bincount(label.ravel())) if label.dtype == np.uint8 else np.unique(label)
-    wrong = ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_label)]
-    if len(wrong):
+    invalid = ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_label)]
+    if len(invalid):
         raise UserError(
-            f"{mask} has the id {wrong[0]}, outside the {num_classes} classes (0 to {num_classes - 1}) and not "
-            f"the ignore label {ignore_label}; correct the mask or the class list"
+            f"{mask} has the id {invalid[0]}, which is neither one of the {num_classes} classes (0 to "
+            f"{num_classes - 1}) nor the ignore label {ignore_label}; correct the mask or the class list"
         )
 
 
 def count_pixels(index: PackedIndex, num_classes: int) -> np.ndarray:
-    """Pixels of every class in every image, int64 (images, num_classes); other ids are not counted."""
+    """Counts the pixels of each class in each image: int64 (num_images, num_classes). Other ids are not counted."""
     counts = np.zeros((len(index), num_classes), np.int64)
     for i, record in enumerate(index):
         label = read_label(record["sem_seg_file_name"]).ravel()
@@ -199,11 +215,11 @@ def _check_mask(record: dict, size: tuple[int, int], num_classes: int, ignore_la
     label = read_label(mask)
     check_label(label, mask, record["file_name"], size, num_classes, ignore_label)
     if max_classes < num_classes:
-        shown = len(np.setdiff1d(label, [ignore_label]))
-        if shown > max_classes:
+        num_present = len(np.setdiff1d(label, [ignore_label]))
+        if num_present > max_classes:
             raise UserError(
-                f"{mask} shows {shown} classes, but MODEL.HSQG.TOP_K is {max_classes}; keep at least as "
-                "many as an image can show"
+                f"{mask} contains {num_present} classes, but MODEL.HSQG.TOP_K is only {max_classes}; set it to at "
+                "least the largest number of classes in one image"
             )
 
 
@@ -211,19 +227,19 @@ def _check_instances(record: dict, size: tuple[int, int]) -> None:
     path = record.get("instances_file_name")
     if path is None:
         raise UserError(
-            "MODEL.CRITERION.SEGMENTS is 'instances', but this data set has no instance maps; choose 'components' "
+            "MODEL.CRITERION.SEGMENTS is 'instances', but this dataset has no instance maps; use 'components' "
             "or 'class_regions'"
         )
     if image_size(path) != size:
-        raise UserError(f"instance map {path} has another size than {record['file_name']}; prepare the data set again")
+        raise UserError(f"instance map {path} differs in size from {record['file_name']}; prepare the dataset again")
 
 
 @cache
-def _tables() -> tuple[DatasetTable, ...]:
+def _builtin_tables() -> tuple[DatasetTable, ...]:
     return tuple(DatasetTable.from_file(path) for path in sorted(TABLES.glob("*.yaml")))
 
 
-def _own_tables() -> list[DatasetTable]:
+def _custom_tables() -> list[DatasetTable]:
     return [DatasetTable.from_file(path) for path in sorted(Path(data_root()).glob(f"*/{OWN_TABLE}"))]
 
 
@@ -242,12 +258,12 @@ def _register(table: DatasetTable) -> None:
 
 
 def _register_all() -> None:
-    for table in _tables():
+    for table in _builtin_tables():
         _register(table)
     try:
-        for table in _own_tables():
+        for table in _custom_tables():
             _register(table)
-    except UserError as error:  # told again, as an error, when one of its parts is asked for
+    except UserError as error:  # table_of raises it again when a part is requested
         logging.getLogger(__name__).warning("%s", error)
 
 

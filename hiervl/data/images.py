@@ -1,4 +1,4 @@
-"""Reading image and label files; every failure names the file."""
+"""Reads image and label files. Every error message names the file."""
 
 from contextlib import contextmanager
 
@@ -13,14 +13,15 @@ _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
 def read_image(path: str) -> np.ndarray:
     """Decodes an image to RGB, upright (EXIF orientation applied).
 
-    PIL, not OpenCV: for a truncated file OpenCV returns a picture with a gray
-    lower part, PIL raises.
+    Uses PIL because it raises on a truncated file, where OpenCV returns an image
+    whose lower part is gray.
 
     Returns:
         uint8 (H, W, 3).
 
     Raises:
-        UserError: missing, truncated, not an image, or more than 8 bits deep.
+        UserError: the file is missing, truncated, not an image, or has more than
+            8 bits per channel.
     """
     with _opened(path) as image:
         if image.mode[0] in "IF":
@@ -34,26 +35,25 @@ def upright_rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_label(path: str) -> np.ndarray:
-    """Decodes a label map: one channel whose values are class ids.
+    """Decodes a label map, whose single channel holds class ids.
 
     Returns:
-        uint8 (H, W), or int32 where the file has 16 or 32 bits.
+        uint8 (H, W), or int32 if the file has 16 or 32 bits.
 
     Raises:
-        UserError: missing, truncated, not an image, or a color image.
+        UserError: the file is missing, truncated, not an image, or a color image.
     """
     with _opened(path) as image:
         if image.mode not in ("P", "L", "1") and image.mode[0] != "I":
             raise UserError(
-                f"mask {path} is a color image (mode {image.mode}); class ids are expected, "
-                "as an indexed or grayscale PNG"
+                f"mask {path} is a color image (mode {image.mode}); save the class ids as an indexed or grayscale PNG"
             )
         label = np.array(ImageOps.exif_transpose(image))
     return label.astype(np.uint8 if label.dtype in (np.uint8, np.bool_) else np.int32)
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(H, W) of the upright image, from the file's header alone."""
+    """Returns (H, W) of the upright image, reading only the file's header."""
     with _opened(path) as image:
         width, height = image.size
         swapped = image.getexif().get(_ORIENTATION, 1) >= 5
@@ -61,13 +61,13 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 def inspect_image(path: str) -> tuple[tuple[int, int], str]:
-    """Finds what would stop a run at this image, faster than read_image.
+    """Checks that an image can be read, faster than read_image.
 
     Returns:
-        (H, W) of the upright image; what is unusual, though it can be read ("" for nothing).
+        (H, W) of the upright image, and a note on anything unusual about it ("" if nothing).
 
     Raises:
-        UserError: as read_image.
+        UserError: in the same cases as read_image.
     """
     with _opened(path) as image:
         if image.mode[0] in "IF":
@@ -77,7 +77,7 @@ def inspect_image(path: str) -> tuple[tuple[int, int], str]:
         swapped = image.getexif().get(_ORIENTATION, 1) >= 5
         if image.getexif().get(_ORIENTATION, 1) != 1:
             notes.append("EXIF-rotated, used upright")
-        # JPEG only: decoded at an eighth of the size. All of the file is read nevertheless, so a cut one is noticed.
+        # JPEGs are decoded at an eighth of the size; the whole file is still read, so truncation is detected.
         image.draft(image.mode, (width // 8, height // 8))
         image.load()
     return ((width, height) if swapped else (height, width)), "; ".join(notes)
@@ -85,12 +85,12 @@ def inspect_image(path: str) -> tuple[tuple[int, int], str]:
 
 @contextmanager
 def _opened(path: str):
-    """PIL image of ``path``; whatever goes wrong inside becomes a UserError."""
+    """Opens ``path`` with PIL and turns any error inside the block into a UserError."""
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check DETECTRON2_DATASETS and the list that names it") from None
-    # PIL's readers raise all of these on broken files, depending on the format.
+    # Depending on the format, PIL's readers raise any of these on broken files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot decode {path} ({error}); replace or re-download it") from None

@@ -1,8 +1,8 @@
-"""The list of a data set's images, as packed bytes.
+"""The image list of a dataset, stored as packed bytes.
 
 Unlabeled pools have up to 10^7 images. One Python object per image would cost
-gigabytes, and in forked workers every reference count written to it would copy
-its page. Here the whole list is one ``bytes`` and one array of offsets.
+gigabytes, and in forked workers every reference-count update would copy a
+memory page. Here the whole list is one ``bytes`` object and one offset array.
 """
 
 import array
@@ -17,41 +17,43 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class MaskPaths:
-    """Where masks and instance maps are, given the mask's path in a list.
+    """Rules that turn the mask path given in a list into the actual paths of mask and instance map.
 
     Attributes:
-        masks: (text in the list, what takes its place), or () where the lists tell the truth.
-        instances: (text in the mask's path, what takes its place in the instance map's), or () for no such maps.
+        masks: (text in the listed path, its replacement), or () if the listed path is already correct.
+        instances: (text in the mask's path, its replacement in the instance map's path), or () if the dataset has no
+            instance maps.
     """
 
     masks: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
 
     def mask(self, listed: str) -> str:
-        """The mask's path."""
+        """Path of the mask that a list gives as ``listed``."""
         return listed.replace(*self.masks, 1) if self.masks else listed
 
     def instance_map(self, listed: str) -> str | None:
-        """The path of the map of instances that belongs to a mask, if the data set has such maps."""
+        """Path of the instance map for the mask ``listed``; None if the dataset has no instance maps."""
         return self.mask(listed).replace(*self.instances, 1) if self.instances else None
 
 
 class PackedIndex(Sequence):
-    """(image, mask or nothing) pairs; item i is a Detectron2 record.
+    """A sequence of images with optional masks; each item is a Detectron2 record.
 
     ``index[i]`` is ``{"file_name", "sem_seg_file_name", "image_id"}`` with paths
-    joined to ``root``; ``sem_seg_file_name`` is absent when the image has no
-    mask, ``image_id`` is the image's path as the list gives it. Where the data
-    set has maps of instances there is ``instances_file_name``. Picklable, and
-    shared between forked workers without copying.
+    joined to ``root``. ``sem_seg_file_name`` is absent if the image has no mask,
+    and ``image_id`` is the image's path as listed. If the dataset has instance
+    maps, the record also has ``instances_file_name``. The index can be pickled,
+    and forked workers share it without copying.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]], root: str, paths: MaskPaths | None = None) -> None:
         """
         Args:
-            pairs: (image, mask) paths relative to ``root``; mask ``""`` for none.
-            root: folder that the paths are joined to.
-            paths: where masks and instance maps are; None: masks where the list says, no instance maps.
+            pairs: (image, mask) paths relative to ``root``; the mask is ``""`` for images without one.
+            root: folder that the paths are relative to.
+            paths: rules that locate masks and instance maps; None: masks are at the listed paths, and there are no
+                instance maps.
         """
         self.root = os.fspath(root)
         self.paths = paths or MaskPaths()
@@ -66,17 +68,23 @@ class PackedIndex(Sequence):
     def from_list_file(
         cls, path: str, root: str, need_mask: bool = False, paths: MaskPaths | None = None
     ) -> "PackedIndex":
-        """Reads a list file: per line ``image`` or ``image mask``, relative to ``root``.
+        """Reads a list file with one ``image`` or ``image mask`` per line, relative to ``root``.
 
         Names that contain spaces are separated by a tab (``my image.jpg<TAB>``
         for one without a mask). Empty lines are skipped. No image is opened.
 
+        Args:
+            path: the list file.
+            root: folder that its paths are relative to.
+            need_mask: whether every image must have a mask.
+            paths: see the constructor.
+
         Raises:
-            UserError: the file is missing, empty or not text; a line has more
-                than two names, or names an image a second time, or (with
+            UserError: the file is missing, empty or not UTF-8 text; a line has
+                more than two names, repeats an earlier image, or (with
                 ``need_mask``) has no mask.
         """
-        numbers, hashes = array.array("q"), array.array("q")
+        line_numbers, hashes = array.array("q"), array.array("q")
 
         def pairs() -> Iterator[tuple[str, str]]:
             for number, image, mask in _read_lines(path):
@@ -85,14 +93,14 @@ class PackedIndex(Sequence):
                         f"{path}, line {number}: labeled image '{image}' has no mask; "
                         "write 'image mask', or move the line to the unlabeled list"
                     )
-                numbers.append(number)
+                line_numbers.append(number)
                 hashes.append(hash(image))
                 yield image, mask
 
         index = cls(pairs(), root, paths)
         if not len(index):
             raise UserError(f"{path} is empty; it needs one 'image mask' or 'image' per line")
-        index._check_unique(path, np.frombuffer(hashes, np.int64), numbers)
+        index._check_unique(path, np.frombuffer(hashes, np.int64), line_numbers)
         return index
 
     def __len__(self) -> int:
@@ -108,7 +116,7 @@ class PackedIndex(Sequence):
         return record
 
     def names(self, i: int) -> tuple[str, str]:
-        """(image, mask) of entry i as the list gives them; mask ``""`` for none."""
+        """(image, mask) of entry i as listed; the mask is ``""`` for an image without one."""
         n = len(self)
         if not -n <= i < n:
             raise IndexError(f"entry {i} of an index of {n}")
@@ -121,50 +129,50 @@ class PackedIndex(Sequence):
         return map(self.names, range(len(self)))
 
     def without(self, other: "PackedIndex") -> "PackedIndex":
-        """The entries whose image is not in ``other`` (the smaller of the two)."""
-        taken = {image for image, _ in other.all_names()}
-        return PackedIndex((pair for pair in self.all_names() if pair[0] not in taken), self.root, self.paths)
+        """The entries whose image is not in ``other``, which should be the smaller of the two."""
+        excluded = {image for image, _ in other.all_names()}
+        return PackedIndex((pair for pair in self.all_names() if pair[0] not in excluded), self.root, self.paths)
 
     def __repr__(self) -> str:
         return f"PackedIndex({len(self)} images under {self.root})"
 
-    def _check_unique(self, path: str, hashes: np.ndarray, numbers: Sequence[int]) -> None:
-        """Raises UserError at the first image that is listed twice."""
-        # Sorting 64-bit hashes takes a tenth of the memory of a set of names;
-        # equal hashes are then compared as text.
+    def _check_unique(self, path: str, hashes: np.ndarray, line_numbers: Sequence[int]) -> None:
+        """Raises UserError if an image is listed twice. ``hashes`` and ``line_numbers`` have one entry per image."""
+        # Sorting 64-bit hashes takes a tenth of the memory of a set of names.
+        # Only entries with equal hashes are then compared by name.
         order = np.argsort(hashes, kind="stable")
         for k in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
             first, second = int(order[k]), int(order[k + 1])
             if self.names(first)[0] == self.names(second)[0]:
                 raise UserError(
-                    f"{path}, line {numbers[second]}: '{self.names(second)[0]}' stands in "
-                    f"line {numbers[first]} already; remove one of the two"
+                    f"{path}, line {line_numbers[second]}: '{self.names(second)[0]}' is already listed on "
+                    f"line {line_numbers[first]}; remove one of the two lines"
                 )
 
 
 def _read_lines(path: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, image, mask or "") of every line that is not empty."""
+    """Yields (line number, image, mask or "") for every non-empty line."""
     try:
-        # utf-8-sig: editors on Windows put a byte-order mark before the first name.
+        # utf-8-sig: some Windows editors write a byte order mark before the first name.
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, *_split_line(line.rstrip("\r\n"), f"{path}, line {number}")
     except OSError as error:
         raise UserError(
-            f"cannot read the list {path} ({error.strerror}); see datasets/README.md for the lists of each data set"
+            f"cannot read the list {path} ({error.strerror}); see datasets/README.md for the lists of each dataset"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save the list as UTF-8") from None
 
 
-def _split_line(line: str, place: str) -> tuple[str, str]:
-    """(image, mask or "") of one line; ``place`` names it in errors."""
-    # Without a tab, names end at whitespace, as in the published lists.
+def _split_line(line: str, location: str) -> tuple[str, str]:
+    """Splits a line into (image, mask or ""). ``location`` names the line in error messages."""
+    # Lines without a tab are split at whitespace, as in the published lists.
     words = [w.strip() for w in line.split("\t")] if "\t" in line else line.split()
     if len(words) > 2 or not words[0]:
         raise UserError(
-            f"{place}: expected 'image mask' or 'image', found {len(words)} names; put a tab "
+            f"{location}: expected 'image mask' or 'image', found {len(words)} names; put a tab "
             "between image and mask where a name contains spaces"
         )
     return words[0], words[1] if len(words) == 2 else ""

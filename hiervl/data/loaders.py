@@ -1,7 +1,7 @@
-"""Data loaders. Training data are one map from the iteration's number to this rank's samples.
+"""Data loaders. Training data is a map-style dataset from the iteration number to this rank's samples.
 
-Item i of :class:`SemiSupervisedBatches` depends on (seed, i, global slot) alone: to resume is to start at i,
-and one GPU or eight see the same global batches.
+Item i of :class:`SemiSupervisedBatches` depends only on (seed, i, global slot). Resuming a run thus means starting at
+item i, and any number of GPUs sees the same global batches.
 """
 
 import functools
@@ -25,22 +25,22 @@ from .randomness import rng
 from .rare_class import RareClassSampler
 from .splits import load_split
 
-_SPOT_CHECK = 64  # unlabeled images looked at when training starts
-_TEST_CHECK = 1000  # images and masks looked at before evaluation; the evaluator meets the rest
+_SPOT_CHECK = 64  # unlabeled images checked before training
+_TEST_CHECK = 1000  # images and masks checked before evaluation; the evaluator checks the rest as it reads them
 
 
 class SemiSupervisedBatches(Dataset):
-    """``batches[iteration]`` -> ``{"labeled": [sample], "unlabeled": [sample]}`` of one rank.
+    """Batches of one rank: ``batches[iteration]`` is ``{"labeled": [sample], "unlabeled": [sample]}``.
 
-    Labeled samples are those of :meth:`TrainMapper.labeled`, unlabeled ones those of
-    :meth:`TrainMapper.unlabeled` with
+    Labeled samples are those of :meth:`TrainMapper.labeled`. Unlabeled samples are those of
+    :meth:`TrainMapper.unlabeled` with two more keys:
 
-    - ``cutmix_box``: per strong view (y0, x0, y1, x1) or None. Strong views come *before* CutMix: the trainer
-      pastes images, label maps and validity alike.
-    - ``partner``: position, in this list, of the sample that the box is taken from. Global slots are paired
-      (0, 1), (2, 3), ...; in an odd batch the last one takes the one before it; a batch of one has no boxes.
+    - ``cutmix_box``: for each strong view, (y0, x0, y1, x1) or None. CutMix is *not yet applied* to the strong views;
+      the trainer pastes images, label maps and valid masks together.
+    - ``partner``: position, in this list, of the sample that the box is copied from. Global slots are paired
+      (0, 1), (2, 3), ...; in an odd batch, the last slot uses the one before it; a batch of one has no boxes.
 
-    A partner that belongs to another rank is loaded here too, behind this rank's own samples, with
+    A partner that belongs to another rank is loaded on this rank as well. It follows this rank's own samples and has
     ``partner`` None and ``extra`` True.
     """
 
@@ -64,21 +64,25 @@ class SemiSupervisedBatches(Dataset):
     ) -> None:
         """
         Args:
-            labeled, unlabeled: records; each list is repeated endlessly, every epoch in a new order.
+            labeled, unlabeled: records; each list is repeated endlessly, in a new order every epoch.
             mapper: makes the samples.
-            seed: of every draw.
+            seed: seed of every draw.
             max_iter: number of items.
-            labeled_per_batch, unlabeled_per_batch: global, over all ranks; 0 unlabeled is supervised.
-            strong_views: per unlabeled sample.
-            cutmix_prob: how often a strong view has a box.
-            with_truth: add the masks of unlabeled images, where there are any, for logging.
-            rare_class: draws the labeled images instead of the epoch's order.
-            rank, world_size: this process and their number.
+            labeled_per_batch, unlabeled_per_batch: global batch sizes, over all ranks. With 0 unlabeled samples,
+                training is supervised.
+            strong_views: number of strong views per unlabeled sample.
+            cutmix_prob: probability that a strong view has a box.
+            with_truth: add the masks of unlabeled images, if they have any, for logging.
+            rare_class: draws the labeled images, instead of iterating over them epoch by epoch.
+            rank, world_size: index of this process and number of processes.
+
+        Raises:
+            UserError: a batch size is negative or not a multiple of the world size, or there are no images.
         """
         sizes = {"SOLVER.IMS_PER_BATCH": labeled_per_batch, "SEMI.UNLABELED_PER_BATCH": unlabeled_per_batch}
         for key, count in sizes.items():
             if count % world_size or count < 0:
-                raise UserError(f"{key} is {count}; it must be a multiple of the {world_size} processes")
+                raise UserError(f"{key} is {count}; it must be a multiple of the number of processes ({world_size})")
         if not len(labeled) or (unlabeled_per_batch and not len(unlabeled)):
             raise UserError(f"nothing to train on: {len(labeled)} labeled and {len(unlabeled)} unlabeled images")
         self.labeled, self.unlabeled, self.mapper = labeled, unlabeled, mapper
@@ -90,11 +94,15 @@ class SemiSupervisedBatches(Dataset):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        """Reads the split and checks its images."""
+        """Reads the split and checks its images.
+
+        Raises:
+            UserError: a key is invalid, or a list, image or mask is missing or broken.
+        """
         if cfg.SEED < 0:
-            raise UserError(f"SEED is {cfg.SEED}; it must be 0 or more, since every draw is a function of it")
+            raise UserError(f"SEED is {cfg.SEED}; it must be 0 or more, because every random draw depends on it")
         if len(cfg.DATASETS.TRAIN) != 1:
-            raise UserError(f"DATASETS.TRAIN is {cfg.DATASETS.TRAIN}; name one data set")
+            raise UserError(f"DATASETS.TRAIN is {cfg.DATASETS.TRAIN}; name exactly one dataset")
         labeled, unlabeled = _split_from_config(cfg)
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
@@ -106,7 +114,7 @@ class SemiSupervisedBatches(Dataset):
             instances=mapper.instances,
             max_classes=cfg.MODEL.HSQG.TOP_K if cfg.MODEL.HSQG.ENABLED else None,
         )
-        _check_apart(labeled, cfg)
+        _check_not_evaluated(labeled, cfg)
         if cfg.SEMI.UNLABELED_PER_BATCH:
             check_dataset(unlabeled, num_classes, ignore, sample=_SPOT_CHECK, masks=False)
         rare = cfg.SEMI.RARE_CLASS
@@ -147,10 +155,11 @@ class SemiSupervisedBatches(Dataset):
         if self.rare_class is None:
             record = self._pick(self.labeled, iteration * self.labeled_per_batch + slot, "labeled/order")
             return self.mapper.labeled(record, crop_rng)
-        image, wanted = self.rare_class.draw(rng(self.seed, iteration, slot, "labeled/rare"))
-        return self.mapper.labeled(self.labeled[image], crop_rng, want=(wanted, self.rare_class.min_pixels))
+        index, class_id = self.rare_class.draw(rng(self.seed, iteration, slot, "labeled/rare"))
+        return self.mapper.labeled(self.labeled[index], crop_rng, want=(class_id, self.rare_class.min_pixels))
 
     def _unlabeled_list(self, iteration: int) -> list[dict]:
+        """This rank's unlabeled samples, followed by the partners that other ranks own."""
         total = self.unlabeled_per_batch
         slots = list(self._slots(total))
         partners = [_partner(slot, total) for slot in slots]
@@ -166,10 +175,12 @@ class SemiSupervisedBatches(Dataset):
 
     def _unlabeled(self, iteration: int, slot: int) -> dict:
         record = self._pick(self.unlabeled, iteration * self.unlabeled_per_batch + slot, "unlabeled/order")
-        strong = [rng(self.seed, iteration, slot, f"unlabeled/strong{v}") for v in range(self.strong_views)]
-        return self.mapper.unlabeled(record, rng(self.seed, iteration, slot, "unlabeled/crop"), strong, self.with_truth)
+        crop_rng = rng(self.seed, iteration, slot, "unlabeled/crop")
+        strong_rngs = [rng(self.seed, iteration, slot, f"unlabeled/strong{v}") for v in range(self.strong_views)]
+        return self.mapper.unlabeled(record, crop_rng, strong_rngs, self.with_truth)
 
     def _boxes(self, iteration: int, slot: int) -> list[tuple[int, int, int, int] | None]:
+        """The CutMix box of each strong view."""
         return [
             cutmix_box(
                 rng(self.seed, iteration, slot, f"unlabeled/cutmix{v}"), *self.mapper.crop_size, self.cutmix_prob
@@ -178,28 +189,29 @@ class SemiSupervisedBatches(Dataset):
         ]
 
     def _pick(self, records: Sequence[dict], position: int, stream: str) -> dict:
-        """The record at ``position`` of the endlessly repeated, every time re-ordered list."""
+        """The record at ``position`` of the endlessly repeated list, which is reshuffled every epoch."""
         epoch, i = divmod(position, len(records))
         return records[int(_order(self.seed, epoch, len(records), stream)[i])]
 
 
 def _partner(slot: int, total: int) -> int:
-    """The global slot that ``slot`` takes its CutMix box from."""
+    """The global slot that provides the CutMix box for ``slot``, in a batch of ``total`` slots."""
     partner = slot ^ 1
     return partner if partner < total else max(0, slot - 1)
 
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, length: int, stream: str) -> np.ndarray:
-    """An epoch's permutation. Cached: a batch asks for it once per sample and spans few epochs."""
+    """Permutation (length,) of one epoch. Cached, because every sample needs it and a batch spans few epochs."""
     return rng(seed, epoch, 0, stream).permutation(np.arange(length, dtype=np.int32))
 
 
-def _split_from_config(cfg):
+def _split_from_config(cfg) -> tuple[PackedIndex, PackedIndex]:
+    """Loads (labeled, unlabeled) as configured by DATASETS."""
     name = cfg.DATASETS.TRAIN[0]
     if not cfg.DATASETS.SPLIT:
         raise UserError("DATASETS.SPLIT is empty; name a folder under DATASETS.SPLIT_ROOT, such as camvid/seed0/23")
-    # An empty SPLIT_ROOT is the data root: the splits of `shapes` are made beside its images.
+    # An empty SPLIT_ROOT means the data root: the splits of `shapes` are generated next to its images.
     split_dir = os.path.join(cfg.DATASETS.SPLIT_ROOT or data_root(), cfg.DATASETS.SPLIT)
     pool = None
     if not os.path.exists(os.path.join(split_dir, "unlabeled.txt")) and os.path.isdir(split_dir):
@@ -207,18 +219,21 @@ def _split_from_config(cfg):
     return load_split(split_dir, dataset_root(name), pool, table_of(name).paths)
 
 
-def _check_apart(labeled: PackedIndex, cfg) -> None:
-    """No labeled image is also evaluated on, unless the training part itself is (a look at the training error)."""
+def _check_not_evaluated(labeled: PackedIndex, cfg) -> None:
+    """Raises UserError if a labeled image is also in a test part.
+
+    DATASETS.TEST may name the training part itself, to measure the training error.
+    """
     files = {record["file_name"] for record in labeled}
     for name in cfg.DATASETS.TEST:
         if name in cfg.DATASETS.TRAIN or table_of(name) != table_of(cfg.DATASETS.TRAIN[0]):
             continue
         index = dataset_index(name, cfg.DATASETS.SPLIT_ROOT)
-        both = next((record["image_id"] for record in index if record["file_name"] in files), None)
-        if both is not None:
+        overlap = next((record["image_id"] for record in index if record["file_name"] in files), None)
+        if overlap is not None:
             raise UserError(
-                f"'{both}' is labeled in the split {cfg.DATASETS.SPLIT} and also in {name}, on which DATASETS.TEST "
-                "evaluates; remove it from one of the two"
+                f"'{overlap}' is labeled in the split {cfg.DATASETS.SPLIT} and also in {name}, which DATASETS.TEST "
+                "uses for evaluation; remove it from one of the two lists"
             )
 
 
@@ -228,15 +243,20 @@ def _train_loader_from_config(cfg) -> dict:
 
 @configurable(from_config=_train_loader_from_config)
 def build_train_loader(batches: SemiSupervisedBatches, *, start_iter: int = 0, num_workers: int = 0) -> DataLoader:
-    """Yields ``batches[start_iter]``, ``batches[start_iter + 1]``, ... to the last.
+    """Builds a loader that yields ``batches[start_iter]``, ``batches[start_iter + 1]``, ... up to the last item.
 
-    Call it ``build_train_loader(cfg, start_iter=i)`` or with plain arguments.
+    Call it as ``build_train_loader(cfg, start_iter=i)`` or with explicit arguments.
+
+    Args:
+        batches: the items to load.
+        start_iter: first item, > 0 when a run is resumed.
+        num_workers: worker processes; 0 loads in this process.
     """
     return _loader(batches, range(start_iter, len(batches)), num_workers, batch_size=None)
 
 
 class MappedIndex(Dataset):
-    """``mapper(index[i])`` as a map-style data set."""
+    """Map-style dataset whose item i is ``mapper(index[i])``."""
 
     def __init__(self, index: Sequence[dict], mapper: TestMapper) -> None:
         self.index, self.mapper = index, mapper
@@ -265,9 +285,16 @@ def _test_loader_from_config(cfg, name: str) -> dict:
 def build_test_loader(
     index: Sequence[dict], mapper: TestMapper, *, num_workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Yields lists of one sample; every image goes to exactly one rank (nothing is padded or seen twice).
+    """Builds a loader that yields lists of one sample.
 
-    Call it ``build_test_loader(cfg, "camvid_val")`` or with plain arguments.
+    Each image goes to exactly one rank; no image is repeated to balance the ranks. Call it as
+    ``build_test_loader(cfg, "camvid_val")`` or with explicit arguments.
+
+    Args:
+        index: records of all images.
+        mapper: makes the samples.
+        num_workers: worker processes; 0 loads in this process.
+        rank, world_size: index of this process and number of processes.
     """
     share = range(len(index) * rank // world_size, len(index) * (rank + 1) // world_size)
     return _loader(MappedIndex(index, mapper), share, num_workers, batch_size=1)
@@ -288,33 +315,34 @@ def _loader(dataset: Dataset, sampler: range, num_workers: int, batch_size: int 
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers' UserErrors stay one line."""
+    """A DataLoader that reduces a UserError from a worker to its one-line message."""
 
     def __iter__(self):
         try:
             yield from super().__iter__()
         except UserError as error:
-            # A worker's exception arrives with its whole stack trace as the message.
+            # The message of a worker's exception is its whole stack trace; the last line is the original message.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("hiervl.errors.UserError: ")) from None
 
 
 def _as_is(batch):
+    """Collate function that leaves the batch a list."""
     return batch
 
 
 def _init_worker(worker: int) -> None:
-    """One thread per worker: parallelism comes from their number."""
+    """Limits each worker to one thread, because parallelism comes from the number of workers."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
 
 def _raise_file_limit() -> None:
-    """Every tensor in flight between worker and trainer holds a file descriptor; 1024 are soon used up."""
+    """Raises the limit on open files: each tensor in flight from a worker holds a descriptor, and 1024 soon run out."""
     try:
         import resource
-    except ImportError:  # Windows shares memory without descriptors
+    except ImportError:  # Windows shares memory without file descriptors
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))

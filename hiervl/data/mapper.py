@@ -1,4 +1,4 @@
-"""From a record to tensors: decode, scale, crop, flip, and for unlabeled images the strong views."""
+"""Maps records to tensors: decode, scale, crop, flip and, for unlabeled images, add the strong views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from ..errors import UserError
 from .augmentation import strong_view
 from .images import read_image, read_label
 
-_TRIES = 10  # how often a crop is re-drawn for its content
+_MAX_TRIES = 10  # draws of a crop before an unsuitable one is accepted
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Scale, crop and flip, drawn once and applied alike to image, label and views.
+    """Scale, crop and flip, drawn once and applied identically to image, label and views.
 
-    The crop is cut in the source image and then resize_maps, so that the scaled image is never made.
+    The window is cut from the source image and then resized, so the full scaled image is never computed.
 
     Attributes:
         window: (y, x, height, width) in the source image, pixels.
-        size: (height, width) of the resize_maps window; smaller than the crop where the scaled image is.
-        scale: the factor that was drawn.
-        flip: mirror left and right.
+        size: (height, width) of the resized window; smaller than the crop if the scaled image is smaller.
+        scale: the scale factor that was drawn.
+        flip: whether to flip horizontally.
     """
 
     window: tuple[int, int, int, int]
@@ -42,24 +42,35 @@ class Geometry:
         scale_range: tuple[float, float],
         flip_prob: float,
     ) -> "Geometry":
-        """Args: ``source`` and ``crop`` are (height, width), pixels."""
+        """Draws a geometry.
+
+        Args:
+            rng: source of all draws.
+            source: (height, width) of the source image, pixels.
+            crop: (height, width) of the crop, pixels.
+            scale_range: smallest and largest scale factor.
+            flip_prob: probability of a horizontal flip.
+        """
         scale = rng.uniform(*scale_range)
         start, extent, size = [], [], []
-        for full, wanted in zip(source, crop):
-            needed = max(1, round(wanted / scale))
-            taken = min(full, needed)
-            extent.append(taken)
-            start.append(int(rng.integers(full - taken + 1)))
-            size.append(wanted if taken == needed else min(wanted, max(1, round(full * scale))))
+        for source_length, crop_length in zip(source, crop):
+            needed = max(1, round(crop_length / scale))
+            length = min(source_length, needed)
+            extent.append(length)
+            start.append(int(rng.integers(source_length - length + 1)))
+            if length == needed:
+                size.append(crop_length)
+            else:
+                size.append(min(crop_length, max(1, round(source_length * scale))))
         return cls((*start, *extent), tuple(size), scale, bool(rng.random() < flip_prob))
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """The window, neither resize_maps nor flipped; a view."""
+        """Returns the window as a view, neither resized nor flipped."""
         y, x, height, width = self.window
         return array[y : y + height, x : x + width]
 
     def apply(self, array: np.ndarray, nearest: bool = False) -> np.ndarray:
-        """The crop before padding, (*size) or (*size, 3). Labels need ``nearest``."""
+        """Returns the crop before padding, (*size) or (*size, 3). Labels must be resized with ``nearest``."""
         result = resize(self.cut(array), self.size, nearest)
         return result[:, ::-1] if self.flip else result
 
@@ -69,16 +80,16 @@ def resize(array: np.ndarray, size: tuple[int, int], nearest: bool = False) -> n
     if array.shape[:2] == tuple(size):
         return array
     if nearest:
-        # INTER_NEAREST would sample pixel corners: labels would shift against the image by half a pixel.
-        how = cv2.INTER_NEAREST_EXACT
+        # INTER_NEAREST samples at pixel corners, which would shift labels by half a pixel relative to the image.
+        interpolation = cv2.INTER_NEAREST_EXACT
     else:
-        # Area averaging where the image shrinks, or fine texture turns into noise.
-        how = cv2.INTER_AREA if size[0] < array.shape[0] else cv2.INTER_LINEAR
-    return cv2.resize(array, (size[1], size[0]), interpolation=how)
+        # Average over areas when shrinking; otherwise fine texture aliases into noise.
+        interpolation = cv2.INTER_AREA if size[0] < array.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(array, (size[1], size[0]), interpolation=interpolation)
 
 
 class TrainMapper:
-    """Makes training samples. Padding, at the right and below, is image value 0 and never valid."""
+    """Makes training samples. Small crops are padded at the right and bottom, with image value 0 and valid False."""
 
     @configurable
     def __init__(
@@ -96,19 +107,22 @@ class TrainMapper:
         """
         Args:
             crop_size: (height, width) of every sample, pixels.
-            scale_range: smallest and largest factor on the image's size.
-            flip_prob: how often a sample is mirrored.
+            scale_range: smallest and largest scale factor.
+            flip_prob: probability of a horizontal flip.
             ignore_label: label of pixels without a class, and of padding.
-            jitter, gray_prob: strength of the strong views, see augmentation.strong_view.
-            cat_max_ratio: a labeled crop of which one class covers more than this share is drawn again
-                (up to 10 times); 1 is off.
-            instances: labeled samples bring their map of instances.
-            first_instance: smaller values of the maps' files are no single objects.
+            cat_max_ratio: a labeled crop in which one class covers more than this fraction of the labeled pixels is
+                redrawn (at most 10 draws); 1 disables this.
+            jitter, gray_prob: parameters of the strong views, see :func:`augmentation.strong_view`.
+            instances: add the instance map to labeled samples.
+            first_instance: smallest value in an instance map file that denotes a single object.
+
+        Raises:
+            UserError: crop size, scale range or cat_max_ratio is out of range.
         """
         if min(crop_size) < 1 or not 0 < scale_range[0] <= scale_range[1] or not 0 < cat_max_ratio <= 1:
             raise UserError(
-                f"INPUT: crop size {tuple(crop_size)}, scale range {tuple(scale_range)} and largest class share "
-                f"{cat_max_ratio} do not go together; see configs/Base-HierVL.yaml"
+                f"INPUT: invalid CROP_SIZE {tuple(crop_size)}, SCALE_RANGE {tuple(scale_range)} or CAT_MAX_RATIO "
+                f"{cat_max_ratio}; see configs/Base-HierVL.yaml"
             )
         self.crop_size = tuple(crop_size)
         self.scale_range = tuple(scale_range)
@@ -133,21 +147,24 @@ class TrainMapper:
         }
 
     def labeled(self, record: dict, rng: np.random.Generator, want: tuple[int, int] | None = None) -> dict:
-        """A labeled sample.
+        """Makes a labeled sample.
 
         Args:
-            record: with ``file_name`` and ``sem_seg_file_name``, for instances also ``instances_file_name``.
-            rng: draws the geometry.
-            want: (class, pixels): draw the crop again until it holds so many pixels of the class.
+            record: has ``file_name`` and ``sem_seg_file_name`` and, for instances, ``instances_file_name``.
+            rng: generator for the geometry.
+            want: (class, pixels): redraw the crop (at most 10 draws) until it has this many pixels of the class.
 
         Returns:
-            ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), False on padding,
-            and ``padded``, whether there is any; ``file_name``, ``image_id``. If asked for, ``instances`` int64 (h, w):
-            a number > 0 for every single object, whose class is that of its pixels in ``sem_seg``; 0 elsewhere (stuff,
-            groups, padding).
+            A dict with ``image`` uint8 (3, h, w) RGB, ``sem_seg`` int64 (h, w), ``valid`` bool (h, w), which is False
+            on padding, ``padded``, whether the crop has padding, ``file_name`` and ``image_id``. If the mapper was
+            built with ``instances``, also ``instances`` int64 (h, w): a distinct number > 0 for each single object,
+            whose class is given by its pixels in ``sem_seg``, and 0 elsewhere (stuff, groups, padding).
+
+        Raises:
+            UserError: a file is missing or broken, or a map differs in size from the image.
         """
         image, label = read_image(record["file_name"]), read_label(record["sem_seg_file_name"])
-        _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
+        _check_same_size(image, label, record["sem_seg_file_name"], record["file_name"])
         geometry = self._draw(rng, label.shape, lambda g: self._accepts(g, label, want))
         sample = {
             **_names(record),
@@ -157,10 +174,11 @@ class TrainMapper:
             "padded": geometry.size != self.crop_size,
         }
         if self.instances:
-            numbers = read_label(record["instances_file_name"])
-            _same_size(image, numbers, record["instances_file_name"], record["file_name"])
-            numbers = geometry.apply(numbers.astype(np.uint16), nearest=True)  # OpenCV resizes no int32
-            sample["instances"] = self._label_tensor(np.where(numbers < self.first_instance, 0, numbers), fill=0)
+            instance_ids = read_label(record["instances_file_name"])
+            _check_same_size(image, instance_ids, record["instances_file_name"], record["file_name"])
+            instance_ids = geometry.apply(instance_ids.astype(np.uint16), nearest=True)  # OpenCV cannot resize int32
+            instance_ids = np.where(instance_ids < self.first_instance, 0, instance_ids)
+            sample["instances"] = self._label_tensor(instance_ids, fill=0)
         return sample
 
     def unlabeled(
@@ -170,17 +188,21 @@ class TrainMapper:
         strong_rngs: Sequence[np.random.Generator],
         with_truth: bool = False,
     ) -> dict:
-        """An unlabeled sample; its mask file is opened only to ``with_truth``.
+        """Makes an unlabeled sample. Its mask file is opened only if ``with_truth`` is set.
 
         Args:
-            record: with ``file_name``.
-            rng: draws the geometry, which all views share.
+            record: has ``file_name``.
+            rng: generator for the geometry, which all views share.
             strong_rngs: one generator per strong view.
-            with_truth: add ``true_sem_seg`` int64 (h, w) where the record has a mask (for logging only).
+            with_truth: add ``true_sem_seg`` int64 (h, w) if the record has a mask (for logging only).
 
         Returns:
-            ``image`` uint8 (3, h, w), the weak view; ``strong``, a list of the same; ``valid`` bool (h, w),
-            False on padding, and ``padded``, whether there is any; ``file_name``, ``image_id``.
+            A dict with ``image`` uint8 (3, h, w), the weak view, ``strong``, a list of strong views of the same shape,
+            ``valid`` bool (h, w), which is False on padding, ``padded``, whether the crop has padding, ``file_name``
+            and ``image_id``.
+
+        Raises:
+            UserError: a file is missing or broken, or the mask differs in size from the image.
         """
         image = read_image(record["file_name"])
         geometry = self._draw(rng, image.shape[:2])
@@ -188,7 +210,7 @@ class TrainMapper:
         sample = {
             **_names(record),
             "image": self._to_tensor(weak),
-            # Recolored before padding: padding stays 0 and does not bleed in through the blur.
+            # Augmented before padding, so that padding stays 0 and does not bleed in through the blur.
             "strong": [
                 self._to_tensor(strong_view(weak, r, self.jitter, gray_prob=self.gray_prob)) for r in strong_rngs
             ],
@@ -197,7 +219,7 @@ class TrainMapper:
         }
         if with_truth and "sem_seg_file_name" in record:
             label = read_label(record["sem_seg_file_name"])
-            _same_size(image, label, record["sem_seg_file_name"], record["file_name"])
+            _check_same_size(image, label, record["sem_seg_file_name"], record["file_name"])
             sample["true_sem_seg"] = self._label_tensor(geometry.apply(label, nearest=True))
         return sample
 
@@ -207,49 +229,56 @@ class TrainMapper:
         source: tuple[int, int],
         accepts: Callable[[Geometry], bool] = lambda geometry: True,
     ) -> Geometry:
-        for _ in range(_TRIES):
+        """Draws geometries until one is accepted; returns the last one if none is."""
+        for _ in range(_MAX_TRIES):
             geometry = Geometry.draw(rng, source, self.crop_size, self.scale_range, self.flip_prob)
             if accepts(geometry):
                 break
         return geometry
 
     def _accepts(self, geometry: Geometry, label: np.ndarray, want: tuple[int, int] | None) -> bool:
+        """Whether a crop of ``label`` (H, W) has enough pixels of the class in ``want`` and no class dominates it."""
         if want is None and self.cat_max_ratio == 1:
             return True
         label = geometry.cut(label)
         if want is not None:
-            pixels = np.count_nonzero(label == want[0]) * geometry.scale**2  # as they will be in the crop
-            if pixels < want[1]:
+            class_id, min_pixels = want
+            pixels = np.count_nonzero(label == class_id) * geometry.scale**2  # after scaling
+            if pixels < min_pixels:
                 return False
         counts = np.bincount(label[label != self.ignore_label])
         return not counts.any() or counts.max() <= self.cat_max_ratio * counts.sum()
 
     def _to_tensor(self, image: np.ndarray) -> torch.Tensor:
-        """uint8 (h', w', 3) -> padded (3, h, w)."""
+        """uint8 (h', w', 3) -> uint8 (3, h, w), padded with 0."""
         padded = np.zeros((3, *self.crop_size), np.uint8)
         padded[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
         return torch.from_numpy(padded)
 
     def _label_tensor(self, label: np.ndarray, fill: int | None = None) -> torch.Tensor:
-        """(h', w') -> int64 (h, w), padded with ``fill`` (None: the ignore label)."""
+        """(h', w') -> int64 (h, w), padded with ``fill`` (default: the ignore label)."""
         padded = np.full(self.crop_size, self.ignore_label if fill is None else fill, np.int64)
         padded[: label.shape[0], : label.shape[1]] = label
         return torch.from_numpy(padded)
 
     def _valid(self, geometry: Geometry) -> torch.Tensor:
+        """Valid mask, bool (h, w): True on the image, False on padding."""
         valid = torch.zeros(self.crop_size, dtype=torch.bool)
         valid[: geometry.size[0], : geometry.size[1]] = True
         return valid
 
 
 class TestMapper:
-    """Makes evaluation samples: the whole image, optionally resize_maps; the label is left to the evaluator."""
+    """Makes evaluation samples: the whole image, optionally resized. The evaluator reads the label itself."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # keeps pytest from collecting this class because of its name
 
     @configurable
     def __init__(self, short_side: int = 0) -> None:
-        """Args: ``short_side``: the image's shorter side is resize_maps to so many pixels; 0 keeps its size."""
+        """
+        Args:
+            short_side: length in pixels that the image's shorter side is resized to; 0 keeps the original size.
+        """
         self.short_side = short_side
 
     @classmethod
@@ -257,11 +286,11 @@ class TestMapper:
         return {"short_side": cfg.INPUT.TEST_SHORT_SIDE}
 
     def __call__(self, record: dict) -> dict:
-        """Returns ``image`` uint8 (3, H', W') RGB; ``height``, ``width`` of the file; the record's keys."""
+        """Adds ``image`` uint8 (3, H', W') RGB and the ``height`` and ``width`` of the file to the record's keys."""
         return {**record, **self.from_array(read_image(record["file_name"]))}
 
     def from_array(self, image: np.ndarray) -> dict:
-        """The sample of an image that was read already, uint8 (H, W, 3) RGB."""
+        """The sample of an image in memory, uint8 (H, W, 3) RGB: ``image``, ``height``, ``width``."""
         height, width = image.shape[:2]
         if self.short_side:
             factor = self.short_side / min(height, width)
@@ -271,10 +300,11 @@ class TestMapper:
 
 
 def _names(record: dict) -> dict:
+    """The keys that identify the image, if present."""
     return {key: record[key] for key in ("file_name", "image_id") if key in record}
 
 
-def _same_size(image: np.ndarray, label: np.ndarray, label_file: str, image_file: str) -> None:
+def _check_same_size(image: np.ndarray, label: np.ndarray, label_file: str, image_file: str) -> None:
     if image.shape[:2] != label.shape:
         raise UserError(
             f"{label_file} is {label.shape[1]}x{label.shape[0]}, its image "

@@ -1,11 +1,11 @@
-"""`shapes`: a procedural data set, made in seconds from a seed, for the demo and the tests.
+"""`shapes`: a procedural dataset, generated from a seed in seconds, for the demo and the tests.
 
-Up to five objects per image, which may hide one another, on a background of gradients, noise, strokes and colored
-patches that belong to no class. A class is a color and a shape ("red cross"), so that its name means something;
-shades are random and mean nothing. Ragged patches in the objects' own colors lie in the background, so that neither
-color nor shape alone decides. A tiny network learns this from scratch within a thousand steps if it has labels enough.
+Each image shows up to five objects, which may occlude one another, on a background of gradients, noise, strokes and
+colored patches. A class is a combination of color and shape ("red cross"), so class names carry meaning; shades are
+random and carry none. The background has ragged patches in the colors of the objects, so color or shape alone does not
+determine the class. With enough labels, a tiny network learns the task from scratch within a thousand steps.
 
-Image i of a part is a function of (seed, part, i): a larger set begins with the smaller one.
+Image i of a part depends only on (seed, part, i), so a larger dataset starts with the images of a smaller one.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from ..errors import UserError
 from .datasets import TABLES, DatasetTable
 from .randomness import rng
 
-VERSION = 3  # raise it when the same parameters give other images
+VERSION = 3  # increment when the same parameters produce different images
 MAX_OBJECTS = 5
-_FINE = 2  # objects are drawn at this multiple of the resolution and averaged: smooth edges
+_SUPERSAMPLING = 2  # objects are drawn at this multiple of the resolution and averaged, for smooth edges
 _MANIFEST = "manifest.json"
 _FOLDERS = ("images", "masks", "instances", "splits")
 
-# A shape is where it is True in the square |u|, |v| <= 1 (u to the right, v upwards). A texture is the share of
-# its second color, 0 to 1, at coordinates with a period of 2 * pi.
+# A shape is True inside its outline, within the square |u|, |v| <= 1 (u points right, v up). A texture is the weight
+# of its second color, from 0 to 1, at coordinates with a period of 2 * pi.
 Plane = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SHAPES: dict[str, Plane] = {
     "disc": lambda u, v: u**2 + v**2 < 1,
@@ -43,8 +43,7 @@ TEXTURES: dict[str, Plane] = {
     "shaded": lambda a, b: (np.sin(a / 4) + 1) / 2,
 }
 
-
-# Hue in degrees, and by how much an object's may differ from it.
+# Hue in degrees, and the maximum deviation of an object's hue from it.
 COLORS: dict[str, tuple[float, float]] = {
     "red": (0, 8),
     "yellow": (55, 7),
@@ -56,16 +55,16 @@ COLORS: dict[str, tuple[float, float]] = {
 
 
 def draw_scene(generator: np.random.Generator, size: int, classes: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """One image.
+    """Draws one image with its masks.
 
     Args:
-        generator: draws everything.
+        generator: source of all draws.
         size: height and width, pixels.
-        classes: class names; the first is the background, the others "color shape".
+        classes: class names; the first is the background, the others are "color shape".
 
     Returns:
-        image uint8 (size, size, 3) RGB; class ids uint8 (size, size); instances uint8 (size, size), 0 where
-        there is no object, else 1, 2, ... in the order of drawing.
+        image uint8 (size, size, 3) RGB; class ids uint8 (size, size); instance ids uint8 (size, size), 0 on the
+        background and 1, 2, ... for the objects in drawing order.
     """
     image = _background(generator, size)
     ids = np.zeros((size, size), np.uint8)
@@ -74,24 +73,24 @@ def draw_scene(generator: np.random.Generator, size: int, classes: Sequence[str]
         class_id = int(generator.integers(1, len(classes)))
         color, shape = classes[class_id].split()
         radius = generator.uniform(0.17, 0.29) * size
-        place = _free_place(generator, radius, instances)
-        if place is None:
+        center = _draw_center(generator, radius, instances)
+        if center is None:
             continue
-        covered = _paint(generator, image, SHAPES[shape], color, radius, place)
+        covered = _paint(generator, image, SHAPES[shape], color, radius, center)
         ids[covered], instances[covered] = class_id, number
     noise = generator.normal(0, generator.uniform(3, 9), image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8), ids, instances
 
 
-def _free_place(generator: np.random.Generator, radius: float, instances: np.ndarray) -> tuple[int, int] | None:
-    """A center (y, x) from which an object would leave at least half of every earlier one to be seen."""
+def _draw_center(generator: np.random.Generator, radius: float, instances: np.ndarray) -> tuple[int, int] | None:
+    """Draws a center (y, x) at which an object leaves half of every earlier one visible; None after 10 tries."""
     size, reach = len(instances), round(radius)
     areas = np.bincount(instances.ravel(), minlength=MAX_OBJECTS + 1)
     for _ in range(10):
         y, x = generator.integers(round(0.6 * reach), size - round(0.6 * reach), size=2)
-        under = instances[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach]
-        hidden = np.bincount(under.ravel(), minlength=MAX_OBJECTS + 1)
-        if (2 * hidden <= areas)[1:].all():
+        occluded = instances[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach]
+        occluded_areas = np.bincount(occluded.ravel(), minlength=MAX_OBJECTS + 1)
+        if (2 * occluded_areas <= areas)[1:].all():
             return int(y), int(x)
     return None
 
@@ -102,48 +101,59 @@ def _paint(
     shape: Plane,
     color: str,
     radius: float,
-    place: tuple[int, int],
+    center: tuple[int, int],
 ) -> np.ndarray:
-    """Draws one object into ``image`` (float32, in place) and returns the pixels that it covers, (H, W) bool."""
+    """Draws one object into ``image`` (float32 (H, W, 3), modified) and returns the mask of its pixels, (H, W) bool."""
     reach = int(np.ceil(radius)) + 1
     side = 2 * reach
-    steps = (np.arange(side * _FINE, dtype=np.float32) + 0.5) / _FINE - reach
-    y, x = np.meshgrid(steps, steps, indexing="ij")  # pixels from the center
-    u, v = _turned(x / radius, -y / radius, generator.uniform(-0.4, 0.4))
-    # The texture is turned on its own: the direction of its shading tells nothing about the shape.
-    a, b = _turned(x, y, generator.uniform(0, np.pi))
+    steps = (np.arange(side * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING - reach
+    y, x = np.meshgrid(steps, steps, indexing="ij")  # offset from the center, pixels
+    u, v = _rotate(x / radius, -y / radius, generator.uniform(-0.4, 0.4))
+    # The texture is rotated independently, so that its direction carries no information about the shape.
+    a, b = _rotate(x, y, generator.uniform(0, np.pi))
     period = radius * generator.uniform(0.4, 0.6)
     a, b = (2 * np.pi / period * t + generator.uniform(0, 2 * np.pi) for t in (a, b))
-    texture = _any(generator, TEXTURES)
+    texture = _choose(generator, TEXTURES)
     first, second = _two_shades(generator, color)
     colors = first + texture(a, b)[..., None].astype(np.float32) * (second - first)
     alpha = cv2.resize(shape(u, v).astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
     colors = cv2.resize(colors, (side, side), interpolation=cv2.INTER_AREA)
-    return _blend(image, colors, alpha, place, reach)
+    return _blend(image, colors, alpha, center, reach)
 
 
-def _blend(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, place: tuple[int, int], reach: int) -> np.ndarray:
-    """Lays a patch (2*reach, 2*reach) over ``image`` at its center ``place``; what sticks out is cut off."""
+def _blend(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, center: tuple[int, int], reach: int) -> np.ndarray:
+    """Alpha-blends a patch centered at ``center`` into ``image`` (H, W, 3), clipped at the border.
+
+    Args:
+        image: float32 (H, W, 3), modified.
+        colors: (2*reach, 2*reach, 3).
+        alpha: (2*reach, 2*reach), from 0 to 1.
+        center: (y, x), pixels.
+        reach: half the side of the patch, pixels.
+
+    Returns:
+        Mask of the pixels with alpha > 0.5, (H, W) bool.
+    """
     height, width = image.shape[:2]
-    top, left = place[0] - reach, place[1] - reach
+    top, left = center[0] - reach, center[1] - reach
     rows = slice(max(0, top), min(height, top + 2 * reach))
     cols = slice(max(0, left), min(width, left + 2 * reach))
     inner = slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left)
-    share = alpha[inner][..., None]
-    image[rows, cols] += share * (colors[inner] - image[rows, cols])
+    weight = alpha[inner][..., None]  # (h, w, 1)
+    image[rows, cols] += weight * (colors[inner] - image[rows, cols])
     covered = np.zeros((height, width), bool)
     covered[rows, cols] = alpha[inner] > 0.5
     return covered
 
 
 def _background(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Gradient, blotches, colored patches and strokes, float32 (size, size, 3): nothing that has a class."""
+    """Draws gradients, blotches, colored patches and strokes that belong to no class: float32 (size, size, 3)."""
     corners = generator.uniform(60, 195, (2, 2, 1)) + generator.uniform(-30, 30, (2, 2, 3))
     blotches = generator.normal(0, 15, (size // 8 + 1, size // 8 + 1, 3)).astype(np.float32)
     image = cv2.resize(corners.astype(np.float32), (size, size))
     image += cv2.resize(blotches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(generator.integers(0, 4)):
-        # A patch has an object's texture and color, but a ragged outline: the color alone decides nothing.
+        # A patch has the texture and color of an object but a ragged outline, so color alone does not reveal the class.
         center = generator.uniform(0, size, 2)
         bearings = np.sort(generator.uniform(0, 2 * np.pi, 7))
         lengths = generator.uniform(0.03, 0.16, 7) * size
@@ -151,10 +161,10 @@ def _background(generator: np.random.Generator, size: int) -> np.ndarray:
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [outline.astype(np.int32)], 1)
         y, x = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
-        a, b = (2 * np.pi / (size * generator.uniform(0.05, 0.13)) * t for t in _turned(x, y, generator.uniform(0, 3)))
-        pattern = _any(generator, TEXTURES)(a, b)
+        a, b = (2 * np.pi / (size * generator.uniform(0.05, 0.13)) * t for t in _rotate(x, y, generator.uniform(0, 3)))
+        texture = _choose(generator, TEXTURES)(a, b)
         first, second = _two_shades(generator, list(COLORS)[generator.integers(len(COLORS))])
-        image[mask > 0] = (first + pattern[..., None] * (second - first))[mask > 0]
+        image[mask > 0] = (first + texture[..., None] * (second - first))[mask > 0]
     for _ in range(generator.integers(2, 6)):
         ends = generator.integers(0, size, (2, 2)).tolist()
         color = generator.uniform(0, 255, 3).tolist()
@@ -162,17 +172,18 @@ def _background(generator: np.random.Generator, size: int) -> np.ndarray:
     return image
 
 
-def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in axes rotated by ``angle``, radians."""
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _any(generator: np.random.Generator, table: dict[str, Plane]) -> Plane:
+def _choose(generator: np.random.Generator, table: dict[str, Plane]) -> Plane:
     return list(table.values())[generator.integers(len(table))]
 
 
 def _two_shades(generator: np.random.Generator, color: str) -> tuple[np.ndarray, np.ndarray]:
-    """A light and a dark shade of a color, float32 RGB."""
+    """Draws a light and a dark shade of a color, each float32 (3,) RGB."""
     center, spread = COLORS[color]
     hue = (center + generator.uniform(-spread, spread)) % 360
     saturation = generator.uniform(0.65, 1)
@@ -191,26 +202,26 @@ def generate(
     labeled: Sequence[int] = (25, 50, 100, 200),
     split_seeds: Sequence[int] = (0,),
 ) -> bool:
-    """Writes the data set to ``root``, unless it is there already with the same parameters.
+    """Writes the dataset to ``root``, unless it already exists there with the same parameters.
 
     Layout: ``{images,masks,instances}/{train,val}/00000.png``, ``train.txt``, ``val.txt``,
     ``splits/seed{s}/{n}/{labeled,unlabeled}.txt`` and ``manifest.json``.
 
     Args:
-        root: folder to write; only what this function once made is ever overwritten.
-        num_train, num_val: images.
+        root: output folder; only an earlier output of this function is ever overwritten.
+        num_train, num_val: number of images.
         size: height and width of an image, pixels.
-        seed: of the images.
-        labeled: numbers of labeled images, one split each; nested within a split seed.
-        split_seeds: which images are labeled is drawn anew for each.
+        seed: seed of the images.
+        labeled: numbers of labeled images, one split for each; the splits of one split seed are nested.
+        split_seeds: one selection of labeled images is drawn for each.
 
     Returns:
-        True if it was written, False if it was there.
+        True if the dataset was written, False if it already existed.
 
     Raises:
-        UserError: ``root`` holds something else; a split would label all images or none.
+        UserError: ``root`` contains anything else; a split would label all images or none.
     """
-    wanted = {
+    parameters = {
         "version": VERSION,
         "num_train": num_train,
         "num_val": num_val,
@@ -220,25 +231,32 @@ def generate(
         "split_seeds": list(split_seeds),
     }
     if any(not 0 < n < num_train for n in labeled):
-        raise UserError(f"shapes: labeled counts {list(labeled)} must lie between 1 and {num_train - 1}")
+        raise UserError(f"shapes: labeled counts {list(labeled)} must be between 1 and {num_train - 1}")
     manifest = read_manifest(root)
-    if manifest and manifest["parameters"] == wanted and manifest["digest"]:
+    if manifest and manifest["parameters"] == parameters and manifest["digest"]:
         return False
     _clear(root, manifest)
-    # Without a digest the manifest says: ours, but not finished.
-    _write_manifest(root, wanted, checksum="")
+    # An empty digest marks a dataset that this function started but has not finished.
+    _write_manifest(root, parameters, checksum="")
     classes = DatasetTable.from_file(TABLES / "shapes.yaml").classes
     train = [_write_image(root, "train", i, seed, size, classes) for i in range(num_train)]
     val = [_write_image(root, "val", i, seed, size, classes) for i in range(num_val)]
     _write_list(os.path.join(root, "train.txt"), train)
     _write_list(os.path.join(root, "val.txt"), val)
     _write_splits(root, train, labeled, split_seeds)
-    _write_manifest(root, wanted, digest(root))
+    _write_manifest(root, parameters, digest(root))
     return True
 
 
 def read_manifest(root: str) -> dict | None:
-    """``{"parameters", "digest"}`` of a data set made earlier (digest "": not finished); None without one."""
+    """Reads ``{"parameters", "digest"}`` of an existing dataset; the digest is "" if it is unfinished.
+
+    Returns:
+        None if there is no manifest.
+
+    Raises:
+        UserError: the manifest is not one of this generator.
+    """
     path = os.path.join(root, _MANIFEST)
     if not os.path.exists(path):
         return None
@@ -251,7 +269,7 @@ def read_manifest(root: str) -> dict | None:
 
 
 def digest(root: str) -> str:
-    """sha256 over names and contents of every file of the data set."""
+    """SHA-256 over the names and contents of all files of the dataset, except the manifest."""
     result = hashlib.sha256()
     for folder in ("", *_FOLDERS):
         for base, folders, files in os.walk(os.path.join(root, folder)):
@@ -266,20 +284,20 @@ def digest(root: str) -> str:
 
 
 def _clear(root: str, manifest: dict | None) -> None:
-    """Removes an earlier data set; refuses to touch anything that the generator has not made."""
+    """Removes an existing dataset. Raises UserError if the folder has anything that the generator did not write."""
     if manifest is None and os.path.isdir(root) and os.listdir(root):
         raise UserError(f"{root} is not empty and has no {_MANIFEST} of shapes; choose another folder")
     if manifest and manifest["digest"] and digest(root) != manifest["digest"]:
         raise UserError(
-            f"{root} was changed since it was written, and would be written anew; move what is yours and "
-            "remove it, or choose another folder"
+            f"{root} was changed since it was written, and would be overwritten; move your own files out and "
+            "delete it, or choose another folder"
         )
     for name in _FOLDERS:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
 def _write_image(root: str, part: str, i: int, seed: int, size: int, classes: Sequence[str]) -> tuple[str, str]:
-    """Draws and writes one image with its masks; returns the two names for the lists."""
+    """Draws and writes one image with its masks; returns the names of image and mask for the lists."""
     image, ids, instances = draw_scene(rng(seed, i, 0, f"shapes/{part}"), size, classes)
     for folder, array in (("images", image[..., ::-1]), ("masks", ids), ("instances", instances)):
         path = os.path.join(root, folder, part, f"{i:05d}.png")
@@ -289,7 +307,8 @@ def _write_image(root: str, part: str, i: int, seed: int, size: int, classes: Se
     return f"images/{part}/{i:05d}.png", f"masks/{part}/{i:05d}.png"
 
 
-def _write_splits(root: str, train: list, labeled: Sequence[int], split_seeds: Sequence[int]) -> None:
+def _write_splits(root: str, train: list[tuple[str, str]], labeled: Sequence[int], split_seeds: Sequence[int]) -> None:
+    """Writes the lists of every split seed and every number of labeled images."""
     for split_seed in split_seeds:
         shuffled = list(train)
         random.Random(split_seed).shuffle(shuffled)

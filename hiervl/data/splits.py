@@ -13,19 +13,20 @@ def load_split(
 
     Args:
         split_dir: the folder, such as ``datasets/splits/camvid/seed0/23``.
-        root: the data set's folder, which the lists are relative to.
-        pool: all training images. Where a published split has no
+        root: the dataset's folder, which the paths in the lists are relative to.
+        pool: all training images. If a published split has no
             ``unlabeled.txt`` (COCO), the unlabeled images are the pool minus
-            the labeled ones; there may be none, which is a mistake only for
-            those who want to train on them.
-        paths: where masks and instance maps are, see :class:`PackedIndex`.
+            the labeled ones. The result may be empty, which is an error only
+            when training uses unlabeled images.
+        paths: rules that locate masks and instance maps, see
+            :class:`PackedIndex`.
 
     Returns:
         (labeled, unlabeled); every labeled entry has a mask.
 
     Raises:
-        UserError: folder or list missing, a list empty or broken (see
-            :meth:`PackedIndex.from_list_file`), an image in both lists.
+        UserError: the folder or a list is missing, a list is empty or broken
+            (see :meth:`PackedIndex.from_list_file`), or an image is in both.
     """
     if not os.path.isdir(split_dir):
         raise UserError(f"split folder {split_dir} does not exist; check DATASETS.SPLIT_ROOT and DATASETS.SPLIT")
@@ -37,7 +38,5 @@ def load_split(
     names = {image for image, _ in labeled.all_names()}
     both = next((image for image, _ in unlabeled.all_names() if image in names), None)
     if both is not None:
-        raise UserError(
-            f"'{both}' is in labeled.txt and in unlabeled.txt of {split_dir}; remove it from one of the two"
-        )
+        raise UserError(f"'{both}' is in both labeled.txt and unlabeled.txt of {split_dir}; remove it from one of them")
     return labeled, unlabeled

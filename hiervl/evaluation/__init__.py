@@ -1,4 +1,4 @@
-"""Evaluation of semantic segmentation; knows no model."""
+"""Evaluation of semantic segmentation; independent of the model."""
 
 from .boundary import BoundaryIoU
 from .calibration import Calibration

@@ -1,28 +1,28 @@
-"""Boundary IoU: how well a mask's outline fits. Cheng et al., "Boundary IoU", CVPR 2021.
+"""Boundary IoU: how accurate mask outlines are. Cheng et al., "Boundary IoU", CVPR 2021.
 
-The IoU of two masks hardly notices their outline when they are large; here only pixels near the outline count. It
-costs several times what the confusion matrix does and is therefore optional.
+For large masks, IoU barely reflects errors at the outline; Boundary IoU counts only pixels near the outline. It takes
+several times as long as the confusion matrix and is therefore optional.
 """
 
 import cv2
 import numpy as np
 
-DIAGONAL_SHARE = 0.02  # of the image's diagonal: how near is near
+DIAGONAL_SHARE = 0.02  # width of the boundary region, as a fraction of the image's diagonal
 
 
 class BoundaryIoU:
-    """Counts, per class, the pixels of the two boundary regions and of what they share, over the whole set.
+    """Counts, for each class, the pixels of both boundary regions and of their intersection over a whole dataset.
 
-    The boundary region of a mask are its pixels within d of a pixel that is not in the mask, d = 2% of the image's
-    diagonal (at least 1 pixel, city-block corners included: d erosions by 3x3); the image's border bounds every mask.
-    Ignored pixels belong to no mask of either side.
+    The boundary region of a mask consists of its pixels within distance d of a pixel outside the mask. d is 2% of the
+    image's diagonal, at least 1 pixel, in the chessboard metric (d erosions with a 3x3 square). The image border
+    counts as outside. Ignored pixels belong to no mask, neither in the ground truth nor in the prediction.
 
     Args:
         num_classes: K.
         ignore_label: value of the label map that is not counted.
 
     Attributes:
-        shared, truth, predicted: (K,) int64 pixels: in both boundary regions, in that of the ground truth, in that
+        shared, truth, predicted: (K,) int64, pixels in both boundary regions, in that of the ground truth and in that
             of the prediction.
     """
 
@@ -31,49 +31,57 @@ class BoundaryIoU:
         self.shared, self.truth, self.predicted = (np.zeros(num_classes, np.int64) for _ in range(3))
 
     def update(self, label: np.ndarray, prediction: np.ndarray) -> None:
-        """Counts one image: (H, W) class ids, the label map with ignored pixels; both known to be in range."""
-        void = label == self.ignore_label
-        # K stands for "ignored" on both sides; 16 bits are what OpenCV erodes at most.
-        kind = np.uint8 if self.num_classes < 256 else np.uint16
-        label, prediction = (np.where(void, self.num_classes, ids).astype(kind) for ids in (label, prediction))
+        """Counts one image.
+
+        Args:
+            label: (H, W) class ids and ignored pixels. Must be in range; this is not checked.
+            prediction: (H, W) class ids. Must be in range; this is not checked.
+        """
+        ignored = label == self.ignore_label
+        # Id K marks ignored pixels in both maps. OpenCV cannot erode integers of more than 16 bits.
+        dtype = np.uint8 if self.num_classes < 256 else np.uint16
+        label, prediction = (np.where(ignored, self.num_classes, ids).astype(dtype) for ids in (label, prediction))
         distance = max(1, round(DIAGONAL_SHARE * float(np.hypot(*label.shape))))
-        near_label, near_prediction = (boundary_region(ids, distance) for ids in (label, prediction))
-        self.truth += self._count(label[near_label])
-        self.predicted += self._count(prediction[near_prediction])
-        self.shared += self._count(label[near_label & near_prediction & (label == prediction)])
+        label_boundary, predicted_boundary = (boundary_region(ids, distance) for ids in (label, prediction))
+        self.truth += self._count(label[label_boundary])
+        self.predicted += self._count(prediction[predicted_boundary])
+        self.shared += self._count(label[label_boundary & predicted_boundary & (label == prediction)])
 
     def merge(self, other: "BoundaryIoU") -> None:
-        """Adds the counts of another set of images (another rank's)."""
+        """Adds the counts of other images, such as those of another rank."""
         self.shared += other.shared
         self.truth += other.truth
         self.predicted += other.predicted
 
     def iou(self) -> np.ndarray:
-        """(K,) in percent; NaN for a class that occurs on neither side."""
+        """Boundary IoU of each class, (K,) in percent; NaN for a class in neither ground truth nor prediction."""
         union = self.truth + self.predicted - self.shared
         return 100 * np.divide(self.shared, union, out=np.full(len(union), np.nan), where=union > 0)
 
     def mean(self) -> float:
-        """Mean over the classes that occur in the ground truth, in percent; NaN if there is none."""
+        """Mean over the classes in the ground truth, in percent; NaN if no pixel is labeled."""
         return float(self.iou()[self.truth > 0].mean()) if self.truth.any() else float("nan")
 
     def _count(self, ids):
+        """Pixels per class: (N,) ids -> (K,)."""
         return np.bincount(ids, minlength=self.num_classes + 1)[: self.num_classes]
 
 
 def boundary_region(ids: np.ndarray, distance: int) -> np.ndarray:
-    """Pixels of a map of ids that have another id, or the image's border, within ``distance``.
+    """Finds the pixels that have a different id, or the image's border, within ``distance``.
 
-    All classes at once: a square window holds one id only if its smallest and its largest are the same.
+    All classes are processed at once: a square window contains a single id if and only if its minimum equals its
+    maximum.
 
     Args:
         ids: (H, W) uint8 or uint16.
+        distance: half the width of the window, pixels, >= 1.
 
     Returns:
         (H, W) bool.
     """
     window = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
-    near = cv2.erode(ids, window) != cv2.dilate(ids, window)
-    near[:distance] = near[-distance:] = True
-    near[:, :distance] = near[:, -distance:] = True
-    return near
+    boundary = cv2.erode(ids, window) != cv2.dilate(ids, window)
+    boundary[:distance] = boundary[-distance:] = True
+    boundary[:, :distance] = boundary[:, -distance:] = True
+    return boundary

@@ -1,7 +1,7 @@
-"""Confusion matrix of a label map and a prediction, and every score that follows from it.
+"""Confusion matrix of label maps and predictions, and all metrics derived from it.
 
-One matrix over the whole data set holds all that mIoU needs, so memory does not grow with the number of images
-and the matrices of several ranks simply add up.
+A single matrix over the whole dataset is all that mIoU needs. Memory therefore does not grow with the number of
+images, and the matrices of several ranks are simply added.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ..errors import UserError
 from ..ops.extension import has_kernel
 
 _KERNEL_TYPES = (np.uint8, np.int16, np.int32, np.int64)
-_CHUNK = 1 << 18  # pixels counted at a time without the kernel: the temporaries then stay in the cache
+_CHUNK = 1 << 18  # pixels counted at a time without the kernel, so that temporaries stay in the cache
 
 
 class ConfusionMatrix:
-    """Counts pixels by (class in the ground truth, class predicted).
+    """Counts pixels by (ground-truth class, predicted class).
 
     Args:
         num_classes: K.
@@ -25,7 +25,7 @@ class ConfusionMatrix:
 
     Attributes:
         counts: (K, K) int64; row = ground truth, column = prediction.
-        ignored: pixels that carried the ignore label.
+        ignored: number of pixels with the ignore label.
 
     Raises:
         UserError: the ignore label is also a class id.
@@ -48,11 +48,11 @@ class ConfusionMatrix:
         Args:
             label: (H, W) integers: class ids and the ignore label.
             prediction: (H, W) integers in [0, K).
-            source: what to name in an error, usually the label's file.
+            source: name for error messages, usually the label map's file.
 
         Raises:
-            UserError: a label that is neither a class id nor the ignore label. Nothing of the image is counted.
-            ValueError: the two differ in shape, or a predicted class is out of range (a bug of the caller).
+            UserError: a label is neither a class id nor the ignore label. No pixel of the image is counted then.
+            ValueError: the shapes differ, or a predicted class is out of range (a bug in the caller).
         """
         if label.shape != prediction.shape:
             raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
@@ -61,33 +61,35 @@ class ConfusionMatrix:
         if table[:, k].any():
             raise ValueError(f"predicted class outside [0, {k}): {prediction.min()} to {prediction.max()}")
         if table[k + 1].any():
-            raise self._stray_label(label, source)
+            raise self._invalid_label_error(label, source)
         self.counts += table[:k, :k]
         self.ignored += int(table[k].sum())
 
     def merge(self, other: "ConfusionMatrix") -> None:
-        """Adds the counts of another matrix over the same classes (another rank's)."""
+        """Adds the counts of another matrix over the same classes, such as that of another rank."""
         self.counts += other.counts
         self.ignored += other.ignored
 
-    def _stray_label(self, label, source):
+    def _invalid_label_error(self, label, source):
         k = self.num_classes
-        stray = label[((label < 0) | (label >= k)) & (label != self.ignore_label)]
+        invalid = label[((label < 0) | (label >= k)) & (label != self.ignore_label)]
         return UserError(
-            f"{source}: label {stray[0]} ({stray.size} pixels out of range) is neither one of the {k} classes "
+            f"{source}: label {invalid[0]} ({invalid.size} pixels out of range) is neither one of the {k} classes "
             f"(0 to {k - 1}) nor the ignore label {self.ignore_label}; correct the label map, "
             "the class list or the ignore label"
         )
 
 
 def count_pairs(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
-    """Counts pixels by (label, prediction), with point_coords for what is neither a class nor ignored.
+    """Counts pixels by (label, prediction), with extra rows and a column for ignored and out-of-range values.
 
     Args:
-        label, prediction: integers of one shape.
+        label, prediction: integers of the same shape.
+        num_classes: K.
+        ignore_label: value of ignored pixels in the label map.
 
     Returns:
-        (K + 2, K + 1) int64; row K: ignored; row K + 1 and column K: out of range.
+        (K + 2, K + 1) int64. Row K counts ignored labels; row K + 1 and column K count values out of range.
     """
     label, prediction = _tensor(label), _tensor(prediction)
     count = torch.ops.hiervl.confusion_counts if has_kernel("cpu") else _count_without_kernel
@@ -95,33 +97,33 @@ def count_pairs(label: np.ndarray, prediction: np.ndarray, num_classes: int, ign
 
 
 def _tensor(array):
-    """The array flat and contiguous, in its own type if the kernel knows it."""
+    """Flattens an array to a contiguous tensor, converted to int64 if the kernel does not support its type."""
     array = np.ascontiguousarray(array).reshape(-1)
     return torch.from_numpy(array if array.dtype in _KERNEL_TYPES else array.astype(np.int64))
 
 
 def _count_without_kernel(label, prediction, k, ignore_label):
-    """hiervl::confusion_counts in PyTorch."""
+    """PyTorch implementation of hiervl::confusion_counts, for (N,) labels and predictions."""
     counts = torch.zeros((k + 2) * (k + 1), dtype=torch.int64)
-    for truth, guess in zip(label.split(_CHUNK), prediction.split(_CHUNK)):
-        truth, guess = truth.long(), guess.long()
-        outside = torch.where(truth == ignore_label, k, k + 1)
-        rows = torch.where((truth >= 0) & (truth < k), truth, outside)
-        columns = torch.where((guess >= 0) & (guess < k), guess, k)
+    for truth, predicted in zip(label.split(_CHUNK), prediction.split(_CHUNK)):
+        truth, predicted = truth.long(), predicted.long()
+        extra_row = torch.where(truth == ignore_label, k, k + 1)
+        rows = torch.where((truth >= 0) & (truth < k), truth, extra_row)
+        columns = torch.where((predicted >= 0) & (predicted < k), predicted, k)
         counts += torch.bincount(rows * (k + 1) + columns, minlength=len(counts))
     return counts.view(k + 2, k + 1)
 
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """SegmentationMetrics of one confusion matrix, in percent. NaN where a score is not defined.
+    """Metrics of one confusion matrix, in percent. Undefined metrics are NaN.
 
     Attributes:
-        miou: mean IoU over the classes that occur in the ground truth (what HierVL means by "mIoU").
-        miou_union: mean over the classes in the ground truth or in the prediction (non-empty union).
-        miou_all: mean over all K classes, a class with an empty union counting as 0.
-        fwiou: mean IoU weighted by the share of the ground truth's pixels.
-        pacc: share of pixels that are right.
+        miou: mean IoU over the classes in the ground truth (the metric that HierVL reports as "mIoU").
+        miou_union: mean IoU over the classes in the ground truth or in the prediction (non-empty union).
+        miou_all: mean IoU over all K classes, counting a class with an empty union as 0.
+        fwiou: mean IoU weighted by the share of ground-truth pixels.
+        pacc: share of correctly classified pixels.
         iou: (K,) TP / (TP + FP + FN); NaN for a class with an empty union.
         precision: (K,) TP / (TP + FP); NaN for a class never predicted.
         recall: (K,) TP / (TP + FN); NaN for a class not in the ground truth.
@@ -138,29 +140,29 @@ class SegmentationMetrics:
 
 
 def compute_metrics(counts: np.ndarray) -> SegmentationMetrics:
-    """Computes every score of a (K, K) confusion matrix (rows: ground truth).
+    """Computes all metrics of a (K, K) confusion matrix (rows: ground truth).
 
     Raises:
-        ValueError: no pixel was counted, so that no score is defined.
+        ValueError: no pixel was counted, so no metric is defined.
     """
     counts = counts.astype(np.float64)
-    hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    total, union = truth.sum(), truth + predicted - hits
+    true_positives, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)  # (K,) each
+    total, union = truth.sum(), truth + predicted - true_positives
     if total == 0:
         raise ValueError("no labeled pixel was counted")
-    iou = _ratio(hits, union)
+    iou = _ratio(true_positives, union)
     return SegmentationMetrics(
         miou=100 * iou[truth > 0].mean(),
         miou_union=100 * iou[union > 0].mean(),
         miou_all=100 * np.nan_to_num(iou).mean(),
         fwiou=100 * float((truth[truth > 0] / total * iou[truth > 0]).sum()),
-        pacc=100 * hits.sum() / total,
+        pacc=100 * true_positives.sum() / total,
         iou=100 * iou,
-        precision=100 * _ratio(hits, predicted),
-        recall=100 * _ratio(hits, truth),
+        precision=100 * _ratio(true_positives, predicted),
+        recall=100 * _ratio(true_positives, truth),
     )
 
 
-def _ratio(part, whole):
-    """part / whole, NaN where whole is 0."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+def _ratio(numerator, denominator):
+    """Elementwise ratio of (K,) arrays, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)

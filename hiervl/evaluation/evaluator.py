@@ -1,6 +1,6 @@
-"""Detectron2 evaluator for semantic segmentation: one confusion matrix and one reliability histogram.
+"""Detectron2 evaluator for semantic segmentation, based on one confusion matrix and one reliability histogram.
 
-It knows no model: all it sees is the list of dicts that goes in and the list of dicts that comes out.
+It is independent of the model and uses only the model's input and output dicts.
 """
 
 import json
@@ -27,12 +27,12 @@ from .top_class import top_class
 DEFINITIONS = {
     "mIoU": "mean IoU over the classes that occur in the ground truth",
     "mIoU_union": "mean IoU over the classes that occur in the ground truth or in the prediction",
-    "mIoU_all": "mean IoU over all classes, those with an empty union counting as 0",
+    "mIoU_all": "mean IoU over all classes, counting those with an empty union as 0",
     "fwIoU": "mean IoU weighted by the share of ground-truth pixels",
-    "pACC": "share of pixels that are right",
+    "pACC": "pixel accuracy: share of correctly classified pixels",
     "boundary_mIoU": "mean boundary IoU (2% of the diagonal) over the classes that occur in the ground truth",
     "ECE": "expected calibration error of the top class, 15 bins of equal width",
-    "IoU": "TP / (TP + FP + FN) over the whole set, ignored pixels left out",
+    "IoU": "TP / (TP + FP + FN) over the whole dataset, without ignored pixels",
     "confusion_matrix": "pixels; row = ground truth, column = prediction",
 }
 RESULT_FORMAT = "hiervl.segmentation.1"
@@ -41,20 +41,20 @@ _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class SegmentationEvaluator(DatasetEvaluator):
-    """SegmentationMetrics p̂ against label maps; memory does not grow with the number of images.
+    """Compares predicted class probabilities with label maps, in memory that does not grow with the number of images.
 
     Args:
-        dataset: name of a registered data set whose metadata has ``stuff_classes``, or the class names themselves.
-        output_dir: where ``segmentation.json`` is written (made if missing); None writes nothing.
-        ignore_label: value of the label maps that is not scored.
-        calibration: also measure reliability; the scores must then lie in [0, 1].
+        dataset: name of a registered dataset whose metadata has ``stuff_classes``, or the class names themselves.
+        output_dir: folder for ``segmentation.json``, created if missing; None writes nothing.
+        ignore_label: value of ignored pixels in the label maps.
+        calibration: also measure calibration, which requires scores in [0, 1].
         boundary: also measure boundary IoU.
-        num_images: if given, evaluate() refuses a count that differs: over several ranks no image may be counted
-            twice or be left out.
-        protocol: how the images were covered, for the result file.
+        num_images: expected number of images over all ranks. evaluate() raises if it differs, which catches images
+            that were counted twice or not at all.
+        protocol: description of the inference protocol (whole image, sliding window), for the result file.
 
     Attributes:
-        result: after evaluate(), on the main rank: the content of the result file (see report.py for tables).
+        result: content of the result file, on the main rank after evaluate(); see report.py for tables.
     """
 
     def __init__(
@@ -76,52 +76,55 @@ class SegmentationEvaluator(DatasetEvaluator):
         self.num_images = num_images
         self.protocol = protocol
         self.result = None
-        self._calibrate, self._trace = calibration, boundary
+        self._with_calibration, self._with_boundary = calibration, boundary
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was counted."""
+        """Discards all counts."""
         self._confusion = ConfusionMatrix(len(self.class_names), self.ignore_label)
-        self._calibration = Calibration() if self._calibrate else None
-        self._boundary = BoundaryIoU(len(self.class_names), self.ignore_label) if self._trace else None
+        self._calibration = Calibration() if self._with_calibration else None
+        self._boundary = BoundaryIoU(len(self.class_names), self.ignore_label) if self._with_boundary else None
         self._images = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Counts a batch.
 
         Args:
-            inputs: each with ``sem_seg_file_name``, the label map's path.
-            outputs: each with ``sem_seg``, (K, H, W) float scores on any device at the label map's own size; or, with
-                ``classes`` (K',), (K', H, W) scores of those classes alone.
+            inputs: dicts with ``sem_seg_file_name``, the label map's path.
+            outputs: dicts with ``sem_seg``, (K, H, W) float scores on any device, of the same size as the label map.
+                If an output also has ``classes`` (K',), its scores are (K', H, W) and cover only those classes.
 
         Raises:
-            UserError: a label map is missing, broken, of another size, or holds a label out of range; a score is
-                not a number. The message names the label map's file.
+            UserError: a label map is missing, broken, of the wrong size or has a label out of range, or a score is
+                not finite. The message names the label map's file.
+            ValueError: the number of score channels differs from the number of classes, or calibration is measured
+                and the scores are not probabilities.
         """
         for image, output in zip(inputs, outputs, strict=True):
             path = image.get("sem_seg_file_name")
             if not path:
                 raise UserError(
                     f"{image.get('file_name', 'an image')}: no label map, so it cannot be evaluated; "
-                    "evaluate on a data set that lists masks"
+                    "evaluate on a dataset that lists masks"
                 )
             self._count(read_label(path), output["sem_seg"], path, output.get("classes"))
             self._images += 1
 
     def evaluate(self) -> OrderedDict | None:
-        """Adds up all ranks, writes the result file and logs the headline.
+        """Sums the counts of all ranks, writes the result file and logs mIoU.
 
         Returns:
-            on the main rank ``{"sem_seg": {"mIoU": …, "IoU-<class>": …}}``, in percent, ECE included; None elsewhere.
+            ``{"sem_seg": {"mIoU": …, "IoU-<class>": …}}`` on the main rank, with all metrics, including ECE, in
+            percent; None on the other ranks.
 
         Raises:
-            UserError: nothing was scored, or ``num_images`` images were promised and another number came.
+            UserError: no pixel was scored, or the number of images is not ``num_images``.
         """
         parts = comm.gather((self._confusion, self._calibration, self._boundary, self._images))
         if not comm.is_main_process():
             return None
         confusion, calibration, boundary, images = _merged(parts)
-        source = self.dataset or "the data set"
+        source = self.dataset or "the dataset"
         if self.num_images is not None and images != self.num_images:
             raise UserError(
                 f"{source}: {images} images were scored instead of {self.num_images}; the test loader must "
@@ -129,8 +132,8 @@ class SegmentationEvaluator(DatasetEvaluator):
             )
         if not confusion.counts.any():
             raise UserError(f"{source}: no labeled pixel in {images} images; check its list and its label maps")
-        found = compute_metrics(confusion.counts)
-        self.result = _without_nan(self._describe(found, confusion, calibration, boundary, images))
+        segmentation = compute_metrics(confusion.counts)
+        self.result = _without_nan(self._describe(segmentation, confusion, calibration, boundary, images))
         if self.output_dir:
             write_result(os.path.join(self.output_dir, RESULT_FILE), self.result)
         metrics = self.result["metrics"]
@@ -142,14 +145,14 @@ class SegmentationEvaluator(DatasetEvaluator):
             metrics["mIoU_all"],
             len(self.class_names),
         )
-        per_class = {f"IoU-{name}": iou for name, iou in zip(self.class_names, found.iou.tolist())}
+        per_class = {f"IoU-{name}": iou for name, iou in zip(self.class_names, segmentation.iou.tolist())}
         return OrderedDict(sem_seg={**metrics, **per_class})
 
     def _count(self, label: np.ndarray, class_scores: torch.Tensor, path: str, classes: torch.Tensor | None) -> None:
-        """One image: label (H, W) and scores (K, H, W), or (K', H, W) of `classes` (K',)."""
+        """Counts one image: label (H, W) and scores (K, H, W), or (K', H, W) of only the `classes` (K',)."""
         k = len(self.class_names) if classes is None else len(classes)
         if class_scores.shape[0] != k:
-            raise ValueError(f"{class_scores.shape[0]} channels of scores for {k} classes")
+            raise ValueError(f"scores have {class_scores.shape[0]} channels, but there are {k} classes")
         if tuple(class_scores.shape[1:]) != label.shape:
             height, width = class_scores.shape[1:]
             raise UserError(
@@ -158,12 +161,12 @@ class SegmentationEvaluator(DatasetEvaluator):
             )
         confidence, prediction = top_class(class_scores)  # (H, W) each
         if classes is not None:
-            wide = len(self.class_names) > 256
-            prediction = classes.cpu().numpy().astype(np.int16 if wide else np.uint8)[prediction]
+            dtype = np.int16 if len(self.class_names) > 256 else np.uint8
+            prediction = classes.cpu().numpy().astype(dtype)[prediction]  # position in `classes` -> class id
         if not torch.isfinite(confidence).all():
             raise UserError(
-                f"{path}: the scores of this image are not finite; the weights are broken or training "
-                "diverged: evaluate an earlier checkpoint"
+                f"{path}: the scores of this image are not finite, so the weights are broken or training "
+                "diverged; evaluate an earlier checkpoint"
             )
         self._confusion.update(label, prediction, path)
         if self._boundary is not None:
@@ -173,17 +176,21 @@ class SegmentationEvaluator(DatasetEvaluator):
 
     def _describe(
         self,
-        found: SegmentationMetrics,
+        segmentation: SegmentationMetrics,
         confusion: ConfusionMatrix,
         calibration: Calibration | None,
         boundary: BoundaryIoU | None,
         images: int,
     ) -> dict:
-        """The content of the result file; NaN where a score is not defined."""
+        """Builds the content of the result file. Undefined metrics are NaN."""
         metrics = OrderedDict(
-            mIoU=found.miou, mIoU_union=found.miou_union, mIoU_all=found.miou_all, fwIoU=found.fwiou, pACC=found.pacc
+            mIoU=segmentation.miou,
+            mIoU_union=segmentation.miou_union,
+            mIoU_all=segmentation.miou_all,
+            fwIoU=segmentation.fwiou,
+            pACC=segmentation.pacc,
         )
-        per_class = _per_class(found, confusion.counts)
+        per_class = _per_class(segmentation, confusion.counts)
         if boundary is not None:
             metrics["boundary_mIoU"] = boundary.mean()
             per_class["boundary_iou"] = boundary.iou().tolist()
@@ -210,7 +217,7 @@ class SegmentationEvaluator(DatasetEvaluator):
 
 
 def write_result(path: str, result: dict) -> None:
-    """Writes a result as JSON, whole or not at all; makes the folder."""
+    """Writes a result as JSON, atomically, and creates its folder if missing."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic_write(path, "w") as file:
         json.dump(result, file, allow_nan=False, ensure_ascii=False)
@@ -218,7 +225,7 @@ def write_result(path: str, result: dict) -> None:
 
 
 def _merged(parts):
-    """Sums (confusion, calibration, boundary, images) over ranks; what is not measured is None on all of them."""
+    """Sums (confusion, calibration, boundary, images) over ranks. Parts that are not measured are None on all ranks."""
     confusion, calibration, boundary, images = parts[0]
     for other_confusion, other_calibration, other_boundary, other_images in parts[1:]:
         confusion.merge(other_confusion)
@@ -230,18 +237,18 @@ def _merged(parts):
     return confusion, calibration, boundary, images
 
 
-def _per_class(found: SegmentationMetrics, counts: np.ndarray) -> dict:
+def _per_class(segmentation: SegmentationMetrics, counts: np.ndarray) -> dict:
     return {
-        "iou": found.iou.tolist(),
-        "precision": found.precision.tolist(),
-        "recall": found.recall.tolist(),
+        "iou": segmentation.iou.tolist(),
+        "precision": segmentation.precision.tolist(),
+        "recall": segmentation.recall.tolist(),
         "pixels": counts.sum(1).tolist(),
         "predicted": counts.sum(0).tolist(),
     }
 
 
 def _without_nan(value):
-    """``value`` with None in place of every NaN, which JSON does not know."""
+    """Replaces each NaN in nested dicts and lists by None, because JSON does not support NaN."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

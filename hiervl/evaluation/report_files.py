@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: tables as text, the confusion matrix as CSV and as a picture."""
+"""Human-readable output of an evaluation: tables as text, the confusion matrix as CSV and as an image."""
 
 import csv
 import io
@@ -11,16 +11,17 @@ from ..checkpoint import atomic_write
 from .report import per_class_table, reliability_table
 
 REPORT, CSV, PICTURE = "report.txt", "confusion.csv", "confusion.png"
-_NAMED = 40  # classes; with more, names and figures would be too small to read
-_SHOWN = 0.01  # smaller shares get no figure
+_MAX_NAMED_CLASSES = 40  # with more classes, names and numbers would be too small to read
+_MIN_SHOWN_SHARE = 0.01  # cells with smaller shares have no number
 
 
 def write_report_files(result: dict, folder: str, previous: dict | None = None) -> None:
-    """Writes report.txt, confusion.csv and confusion.png into ``folder``, each whole or not at all.
+    """Writes report.txt, confusion.csv and confusion.png into ``folder``, each of them atomically.
 
     Args:
         result: content of a result file.
-        previous: another one over the same classes, to compare with (see per_class_table).
+        folder: output folder.
+        previous: content of another result file over the same classes, to compare with (see per_class_table).
     """
     protocol = f", {result['protocol']}" if result.get("protocol") else ""
     text = f"{result['dataset']}: {result['images']} images{protocol}\n\n{per_class_table(result, previous)}\n\n"
@@ -36,7 +37,7 @@ def write_report_files(result: dict, folder: str, previous: dict | None = None) 
 
 
 def confusion_csv(matrix: np.ndarray, classes: list[str]) -> str:
-    """Pixels; a row per class of the ground truth, a column per predicted class."""
+    """Formats the matrix (K, K), in pixels, with a row per ground-truth class and a column per predicted class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ground truth \\ predicted", *classes])
@@ -45,11 +46,11 @@ def confusion_csv(matrix: np.ndarray, classes: list[str]) -> str:
 
 
 def confusion_picture(matrix: np.ndarray, classes: list[str]) -> bytes:
-    """The matrix as PNG: share of each ground-truth class that was predicted as each class."""
+    """Draws the matrix (K, K) as a PNG of the share of each ground-truth class that was predicted as each class."""
     truth = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, truth, out=np.full(matrix.shape, np.nan), where=truth > 0)
-    named = len(classes) <= _NAMED
-    # A margin for the longest name, in inches; Matplotlib's own layout would draw everything twice.
+    named = len(classes) <= _MAX_NAMED_CLASSES
+    # Margin for the longest name, in inches. Matplotlib's automatic layout would draw everything twice.
     margin = 0.6 + (0.09 * max(map(len, classes)) if named else 0.2)
     field = 0.3 * len(classes) + 0.5 if named else 10.0
     edge = 0.1
@@ -62,7 +63,7 @@ def confusion_picture(matrix: np.ndarray, classes: list[str]) -> bytes:
     if named:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
-        for row, column in zip(*np.nonzero(shares >= _SHOWN)):
+        for row, column in zip(*np.nonzero(shares >= _MIN_SHOWN_SHARE)):
             share = shares[row, column]
             axes.text(
                 column,

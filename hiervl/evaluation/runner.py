@@ -1,4 +1,4 @@
-"""Evaluates student and teacher on every test set and keeps what matters of it: last and best."""
+"""Evaluates student and teacher on all test sets and records the last and the best evaluation."""
 
 import json
 import logging
@@ -21,15 +21,16 @@ FOLDER = "inference"
 
 
 class Evaluation:
-    """
+    """Evaluates the models of a training run and keeps its results.
+
     Args:
-        cfg: reads DATASETS.TEST, TEST and OUTPUT_DIR.
-        models: {"student": network, "teacher": network}, each with its `protocol`; results are reported for each.
+        cfg: config; DATASETS.TEST, TEST and OUTPUT_DIR are used.
+        models: {"student": network, "teacher": network}, each with a `protocol`. Results are reported for each model.
 
     Attributes:
-        results: {"last": {...}, "best": {...}}, each {"iteration", data set: {model: metrics}}; also in
-            OUTPUT_DIR/results.json. "Best" is chosen by the better of the models on the first test set, and is the
-            better for that choice: compare runs by "last".
+        results: {"last": entry, "best": entry}, where an entry is {"iteration": i, dataset: {model: metrics}}. Also
+            stored in OUTPUT_DIR/results.json. "best" is selected by the highest mIoU of any model on the first test
+            set and is therefore biased upward; compare runs by "last".
     """
 
     def __init__(self, cfg, models: dict):
@@ -44,14 +45,18 @@ class Evaluation:
         }
 
     def load(self):
-        """Take up the results of the run that is resumed."""
+        """Load the results of the run that is being resumed, if there are any."""
         if os.path.isfile(self.path):
             with open(self.path) as file:
                 self.results = json.load(file)
 
     def run(self, iteration: int):
-        """Evaluate a run now, and record it. Returns (metrics {"data set/model": {...}}, whether this is the best so
-        far)."""
+        """Evaluate all models and record the results.
+
+        Returns:
+            metrics {"dataset/model": {...}}, and whether this is the best evaluation so far (False except on the main
+            process).
+        """
         entry = self.measure(iteration)
         flat = OrderedDict(
             (f"{name}/{kind}", metrics) for name in self.cfg.DATASETS.TEST for kind, metrics in entry[name].items()
@@ -59,8 +64,15 @@ class Evaluation:
         return flat, self._record(entry) if comm.is_main_process() else False
 
     def measure(self, iteration: int, folder: str = FOLDER) -> dict:
-        """Evaluate now, write reports into that folder of OUTPUT_DIR, and leave results.json as it is. Returns
-        {"iteration", data set: {model: metrics}}; no metrics but on the main process."""
+        """Evaluate all models and write reports, without changing results.json.
+
+        Args:
+            iteration: training iteration to report.
+            folder: folder in OUTPUT_DIR for the reports.
+
+        Returns:
+            {"iteration": i, dataset: {model: metrics}}, with metrics only on the main process.
+        """
         entry = {"iteration": iteration}
         for name in self.cfg.DATASETS.TEST:
             entry[name] = {}
@@ -80,7 +92,7 @@ class Evaluation:
         return entry
 
     def _evaluate(self, model, name, kind, folder):
-        """One model on one test set: its metrics on the main process, None elsewhere; writes the report."""
+        """Evaluate one model on one test set and write its report. Returns metrics on the main process, else None."""
         output_dir = result_folder(self.cfg.OUTPUT_DIR, name, kind, folder)
         loader = build_test_loader(self.cfg, name)
         images = len(dataset_index(name, self.cfg.DATASETS.SPLIT_ROOT))
@@ -92,16 +104,17 @@ class Evaluation:
             previous = self._previous[name, kind]
             if previous and previous.get("protocol") != evaluator.result["protocol"]:
                 logger.warning(
-                    "%s: compared with a result of another protocol (%s instead of %s)",
+                    "%s: the result to compare with used a different protocol (%s instead of %s)",
                     name,
                     previous.get("protocol"),
                     evaluator.result["protocol"],
                 )
             write_report_files(evaluator.result, output_dir, previous)
-        # A class that does not occur has no IoU; JSON knows no NaN.
+        # Classes that do not occur have IoU NaN, which JSON does not support.
         return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None
 
     def _record(self, entry):
+        """Store an entry in results.json. Returns whether it is the best so far."""
         is_best = "best" not in self.results or self._score(entry) > self._score(self.results["best"])
         self.results["last"] = entry
         if is_best:
@@ -111,19 +124,23 @@ class Evaluation:
         return is_best
 
     def _score(self, entry):
+        """The value that selects the best entry: the highest mIoU of any model on the first test set."""
         return max(metrics["mIoU"] for metrics in entry[self.cfg.DATASETS.TEST[0]].values())
 
 
 def result_folder(output_dir: str, name: str, kind: str, folder: str = FOLDER) -> str:
-    """Where a run keeps the result of a model ("student", "teacher") on a test set."""
+    """Folder with the result of a model ("student", "teacher") on test set `name`."""
     return os.path.join(output_dir, folder, name, kind)
 
 
 def _previous_result(path, name, kind):
-    """The result to compare with: a result file itself, or that of the same model and set in another run's folder.
+    """Load the result to compare with, or None if `path` is empty.
 
-    Read before training, so that a wrong path is told at once and the run may write into the same folder.
+    `path` is either a result file or the output folder of a run, which provides the result of the same model and test
+    set. It is read before training, so that a wrong path is reported immediately and so that the run may overwrite it.
     """
     if not path:
         return None
-    return load_result(os.path.join(result_folder(path, name, kind), RESULT_FILE) if os.path.isdir(path) else path)
+    if os.path.isdir(path):
+        path = os.path.join(result_folder(path, name, kind), RESULT_FILE)
+    return load_result(path)

@@ -1,4 +1,4 @@
-"""Small data sets on disk, and records of them."""
+"""Small datasets on disk, and their indexes."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from hiervl.data.mapper import TrainMapper
 
 
 def coded_image(height: int, width: int) -> np.ndarray:
-    """An image that encodes where it came from: red rises to the right, green downwards."""
+    """An image (H, W, 3) that encodes pixel positions: red increases to the right, green downward."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 2, y * 2, np.full_like(x, 255)], axis=2).astype(np.uint8)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 images of 60x80; masks of 4 vertical bands with ids 0 to 3; lists train.txt, labeled.txt, unlabeled.txt."""
+    """12 images of 60x80, masks with 4 vertical bands of ids 0 to 3, and train.txt, labeled.txt and unlabeled.txt."""
     generator = np.random.default_rng(0)
     mask = np.repeat(np.arange(4, dtype=np.uint8), 20)[None].repeat(60, axis=0)
     lines = []

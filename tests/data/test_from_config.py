@@ -18,7 +18,7 @@ def data_root(tmp_path_factory):
 
 @pytest.fixture
 def config(data_root, monkeypatch):
-    """Makes a config of the small data set, with further KEY, VALUE pairs."""
+    """Returns a function that makes a config for the small dataset, with additional KEY, VALUE pairs."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data_root))
     options = [
         "DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)",
@@ -26,7 +26,7 @@ def config(data_root, monkeypatch):
         "INPUT.CROP_SIZE", "(32, 48)", "SOLVER.IMS_PER_BATCH", 2, "SEMI.UNLABELED_PER_BATCH", 2,
         "SOLVER.MAX_ITER", 5, "DATALOADER.NUM_WORKERS", 0,
     ]  # fmt: skip
-    return lambda *more: load_config("", options + list(more))
+    return lambda *overrides: load_config("", options + list(overrides))
 
 
 def test_loaders_from_the_config(config):
@@ -56,11 +56,11 @@ def test_rare_class_sampling_from_the_config(config):
         ("SEED", -1, "SEED is -1"),
         ("DATASETS.SPLIT", "", "DATASETS.SPLIT is empty"),
         ("DATASETS.SPLIT", "shapes/splits/seed9/4", "seed9/4 does not exist.*DATASETS.SPLIT"),
-        ("DATASETS.TRAIN", "('shape_train',)", "no data set 'shape_train'; known are .*shapes_train"),
+        ("DATASETS.TRAIN", "('shape_train',)", "unknown dataset 'shape_train'; available: .*shapes_train"),
         ("DATASETS.TRAIN", "()", "DATASETS.TRAIN"),
     ],
 )
-def test_wrong_keys_are_named(config, key, value, words):
+def test_invalid_keys_are_named(config, key, value, words):
     with pytest.raises(UserError, match=words):
         build_train_loader(config(key, value))
 

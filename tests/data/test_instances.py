@@ -1,4 +1,4 @@
-"""True instances as targets: from the instance maps on disk to the samples."""
+"""Instance annotations as targets, from the instance maps on disk to the samples."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hiervl.data.shapes import generate
 from hiervl.errors import UserError
 
 
-def test_paths_of_published_lists_lead_to_the_prepared_files():
+def test_paths_in_published_lists_map_to_the_prepared_files():
     ade, cityscapes = table_of("ade20k_train").paths, table_of("cityscapes_train").paths
     assert ade.mask("annotations/training/a.png") == "annotations_detectron2/training/a.png"
     assert ade.mask("annotations_detectron2/training/a.png") == "annotations_detectron2/training/a.png"
@@ -26,14 +26,14 @@ def test_paths_of_published_lists_lead_to_the_prepared_files():
     assert record["sem_seg_file_name"] == "/r/masks/a.png"
 
 
-def test_single_objects_are_numbered_and_groups_are_not(tmp_path):
-    """As in Cityscapes: 16 bits, class ids below 1000 where there is no single object."""
+def test_single_objects_keep_their_ids_and_groups_become_zero(tmp_path):
+    """As in Cityscapes: 16 bits, with class ids below 1000 on pixels that belong to no single object."""
     Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
     label = np.full((4, 6), 13, np.uint8)
     Image.fromarray(label).save(tmp_path / "a_mask.png")
-    numbers = np.full((4, 6), 26, np.uint16)
-    numbers[:, 2:4], numbers[:, 4:] = 26000, 33001
-    Image.fromarray(numbers).save(tmp_path / "a_inst.png")
+    instance_ids = np.full((4, 6), 26, np.uint16)
+    instance_ids[:, 2:4], instance_ids[:, 4:] = 26000, 33001
+    Image.fromarray(instance_ids).save(tmp_path / "a_inst.png")
     record = {
         key: str(tmp_path / name)
         for key, name in [
@@ -79,14 +79,14 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def test_instances_of_a_data_set(config):
+def test_each_instance_has_one_class(config):
     for sample in next(iter(build_train_loader(config)))["labeled"]:
-        for number in sample["instances"].unique().tolist():
-            classes = sample["sem_seg"][sample["valid"] & (sample["instances"] == number)].unique().tolist()
-            assert (0 in classes) == (number == 0) and len(classes) == 1  # 0 is the background of `shapes`
+        for instance_id in sample["instances"].unique().tolist():
+            classes = sample["sem_seg"][sample["valid"] & (sample["instances"] == instance_id)].unique().tolist()
+            assert (0 in classes) == (instance_id == 0) and len(classes) == 1  # 0 is the background of `shapes`
 
 
-def test_a_missing_instance_map_and_a_data_set_without_any(config, tmp_path):
+def test_missing_instance_map_and_dataset_without_any_are_reported(config, tmp_path):
     assert "instances_file_name" in dataset_index("shapes_train")[0]
     labeled = (tmp_path / "shapes/splits/seed0/4/labeled.txt").read_text().split()[0]
     (tmp_path / "shapes" / labeled.replace("images/", "instances/")).unlink()
@@ -99,7 +99,7 @@ def test_a_missing_instance_map_and_a_data_set_without_any(config, tmp_path):
         check_dataset(PackedIndex([tuple(record.values())], str(tmp_path)), 2, 255, instances=True)
 
 
-def test_a_labeled_image_that_is_also_evaluated_on(config, tmp_path):
+def test_labeled_image_that_is_also_used_for_evaluation_is_reported(config, tmp_path):
     config.MODEL.CRITERION.SEGMENTS = "class_regions"
     labeled = (tmp_path / "shapes/splits/seed0/4/labeled.txt").read_text().splitlines()[2]
     with open(tmp_path / "shapes" / "val.txt", "a") as file:

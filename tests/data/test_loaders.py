@@ -13,13 +13,13 @@ from hiervl.data.rare_class import RareClassSampler
 from hiervl.errors import UserError
 
 
-def batches(labeled, unlabeled, mapper, **kwargs):
+def make_batches(labeled, unlabeled, mapper, **kwargs):
     defaults = dict(seed=3, max_iter=20, labeled_per_batch=2, unlabeled_per_batch=4, strong_views=2)
     return SemiSupervisedBatches(labeled, unlabeled, mapper, **{**defaults, **kwargs})
 
 
 def assert_same(a, b):
-    """Equal nested samples, tensors by value."""
+    """Asserts that two nested samples are equal, comparing tensors by value."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -35,19 +35,21 @@ def assert_same(a, b):
         assert a == b
 
 
-def test_items_are_the_same_after_a_restart_and_in_workers(labeled, unlabeled, mapper):
-    data = batches(labeled, unlabeled, mapper, max_iter=9)
+def test_items_are_the_same_after_resuming_and_in_workers(labeled, unlabeled, mapper):
+    data = make_batches(labeled, unlabeled, mapper, max_iter=9)
     once = [data[i] for i in range(9)]
-    resumed = list(build_train_loader(batches(labeled, unlabeled, mapper, max_iter=9), start_iter=4, num_workers=2))
+    resumed = list(
+        build_train_loader(make_batches(labeled, unlabeled, mapper, max_iter=9), start_iter=4, num_workers=2)
+    )
     assert len(resumed) == 5
     assert_same(resumed, once[4:])
-    other_seed = batches(labeled, unlabeled, mapper, seed=4)[0]
-    for other in (once[1], other_seed):
-        assert not torch.equal(once[0]["labeled"][0]["image"], other["labeled"][0]["image"])
+    other_seed = make_batches(labeled, unlabeled, mapper, seed=4)[0]
+    for different in (once[1], other_seed):
+        assert not torch.equal(once[0]["labeled"][0]["image"], different["labeled"][0]["image"])
 
 
-def test_every_image_once_per_epoch_in_a_new_order(labeled, unlabeled, mapper):
-    data = batches(labeled, unlabeled, mapper)
+def test_each_image_is_seen_once_per_epoch_in_a_new_order(labeled, unlabeled, mapper):
+    data = make_batches(labeled, unlabeled, mapper)
     seen = [s["file_name"] for i in range(6) for s in data[i]["unlabeled"]]
     first, second, third = seen[:8], seen[8:16], seen[16:]
     assert set(first) == set(second) == set(third) == {r["file_name"] for r in unlabeled}
@@ -57,48 +59,48 @@ def test_every_image_once_per_epoch_in_a_new_order(labeled, unlabeled, mapper):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_see_the_batches_of_one(labeled, unlabeled, mapper, world_size):
-    one = batches(labeled, unlabeled, mapper, labeled_per_batch=4)
-    ranks = [batches(labeled, unlabeled, mapper, labeled_per_batch=4, rank=r, world_size=world_size)
+def test_all_ranks_together_see_the_batches_of_a_single_process(labeled, unlabeled, mapper, world_size):
+    one = make_batches(labeled, unlabeled, mapper, labeled_per_batch=4)
+    ranks = [make_batches(labeled, unlabeled, mapper, labeled_per_batch=4, rank=r, world_size=world_size)
              for r in range(world_size)]  # fmt: skip
     for i in (0, 7):
         whole, parts = one[i], [rank[i] for rank in ranks]
         assert_same([s for part in parts for s in part["labeled"]], whole["labeled"])
-        own = [(part["unlabeled"], s) for part in parts for s in part["unlabeled"] if not s.get("extra")]
-        assert len(own) == len(whole["unlabeled"])
-        for (neighbors, sample), twin in zip(own, whole["unlabeled"]):
+        samples = [(part["unlabeled"], s) for part in parts for s in part["unlabeled"] if not s.get("extra")]
+        assert len(samples) == len(whole["unlabeled"])
+        for (rank_samples, sample), expected in zip(samples, whole["unlabeled"]):
             for key in ("file_name", "image", "strong", "valid", "cutmix_box"):
-                assert_same(sample[key], twin[key])
-            # The partner's place in the list may differ, the partner may not.
+                assert_same(sample[key], expected[key])
+            # The position of the partner may differ, but not the partner itself.
             for key in ("file_name", "image", "strong", "valid"):
-                assert_same(neighbors[sample["partner"]][key], whole["unlabeled"][twin["partner"]][key])
+                assert_same(rank_samples[sample["partner"]][key], whole["unlabeled"][expected["partner"]][key])
 
 
-def test_partners(labeled, unlabeled, mapper):
+def test_cutmix_partners(labeled, unlabeled, mapper):
     def partners(**kwargs):
-        samples = batches(labeled, unlabeled, mapper, **kwargs)[0]["unlabeled"]
+        samples = make_batches(labeled, unlabeled, mapper, **kwargs)[0]["unlabeled"]
         return [(s["partner"], s.get("extra", False)) for s in samples]
 
     assert partners() == [(1, False), (0, False), (3, False), (2, False)]
     assert partners(unlabeled_per_batch=3) == [(1, False), (0, False), (1, False)]
     assert partners(rank=1, world_size=2, unlabeled_per_batch=2) == [(1, False), (None, True)]
-    alone = batches(labeled, unlabeled, mapper, unlabeled_per_batch=1, cutmix_prob=1.0)[0]["unlabeled"]
-    assert alone[0]["partner"] == 0 and alone[0]["cutmix_box"] == [None, None]
-    # An odd batch over three ranks: the last slot's partner lives on another rank.
-    last = batches(labeled, unlabeled, mapper, labeled_per_batch=3, unlabeled_per_batch=3, rank=2, world_size=3)[0]
+    single = make_batches(labeled, unlabeled, mapper, unlabeled_per_batch=1, cutmix_prob=1.0)[0]["unlabeled"]
+    assert single[0]["partner"] == 0 and single[0]["cutmix_box"] == [None, None]
+    # In an odd batch over three ranks, the last slot's partner is on another rank.
+    last = make_batches(labeled, unlabeled, mapper, labeled_per_batch=3, unlabeled_per_batch=3, rank=2, world_size=3)[0]
     assert [s["partner"] for s in last["unlabeled"]] == [1, None]
 
 
-def test_supervised_has_an_empty_unlabeled_list_and_the_same_labeled_one(labeled, unlabeled, mapper):
-    supervised = batches(labeled, [], mapper, unlabeled_per_batch=0)[5]
+def test_supervised_batches_have_no_unlabeled_samples_and_the_same_labeled_ones(labeled, unlabeled, mapper):
+    supervised = make_batches(labeled, [], mapper, unlabeled_per_batch=0)[5]
     assert supervised["unlabeled"] == []
-    assert_same(supervised["labeled"], batches(labeled, unlabeled, mapper)[5]["labeled"])
+    assert_same(supervised["labeled"], make_batches(labeled, unlabeled, mapper)[5]["labeled"])
 
 
 def test_the_mask_of_an_unlabeled_image_is_never_opened(folder, labeled, unlabeled, mapper, monkeypatch):
     opened = []
     monkeypatch.setattr(images.Image, "open", lambda path, *a, f=Image.open: opened.append(path) or f(path, *a))
-    data = batches(labeled, unlabeled, mapper)
+    data = make_batches(labeled, unlabeled, mapper)
     for i in range(4):
         data[i]
     allowed = {r["sem_seg_file_name"] for r in labeled}
@@ -109,11 +111,12 @@ def test_the_mask_of_an_unlabeled_image_is_never_opened(folder, labeled, unlabel
     assert "true_sem_seg" not in data[4]["unlabeled"][0]
 
 
-def test_measuring_adds_the_mask_and_changes_nothing_else(labeled, unlabeled, mapper):
-    plain, measured = batches(labeled, unlabeled, mapper)[2], batches(labeled, unlabeled, mapper, with_truth=True)[2]
-    for sample in measured["unlabeled"]:
+def test_with_truth_adds_the_mask_and_changes_nothing_else(labeled, unlabeled, mapper):
+    plain = make_batches(labeled, unlabeled, mapper)[2]
+    with_truth = make_batches(labeled, unlabeled, mapper, with_truth=True)[2]
+    for sample in with_truth["unlabeled"]:
         assert sample.pop("true_sem_seg").shape == (48, 64)
-    assert_same(plain, measured)
+    assert_same(plain, with_truth)
 
 
 def test_rare_class_sampling_finds_the_rare_class(tmp_path):
@@ -127,28 +130,28 @@ def test_rare_class_sampling_finds_the_rare_class(tmp_path):
     sampler = RareClassSampler(count_pixels(index, 3), temperature=0.1, min_pixels=60)
     assert sampler.probabilities[2] == 0 and sampler.probabilities[1] > 0.99
 
-    def share(rare_class):
+    def fraction_of_crops_with_class_1(rare_class):
         data = SemiSupervisedBatches(
             index, [], TrainMapper((40, 40)), seed=0, max_iter=20, labeled_per_batch=4, rare_class=rare_class
         )
         return np.mean([(s["sem_seg"] == 1).sum().item() >= 60 for i in range(20) for s in data[i]["labeled"]])
 
-    assert share(None) < 0.1 and share(sampler) > 0.5
+    assert fraction_of_crops_with_class_1(None) < 0.1 and fraction_of_crops_with_class_1(sampler) > 0.5
 
 
-def test_rare_class_draws_follow_the_stated_softmax():
+def test_rare_class_draws_follow_the_documented_softmax():
     counts = np.array([[900, 0, 50], [0, 50, 0]])
     sampler = RareClassSampler(counts, temperature=0.5, min_pixels=1)
     expected = np.exp((1 - np.array([0.9, 0.05, 0.05])) / 0.5)
     assert np.allclose(sampler.probabilities, expected / expected.sum())
     draws = [sampler.draw(rng(0, i, 0, "rare")) for i in range(600)]
     assert abs(np.mean([c == 0 for _, c in draws]) - sampler.probabilities[0]) < 0.06
-    assert all(counts[image, drawn] > 0 for image, drawn in draws)
+    assert all(counts[index, class_id] > 0 for index, class_id in draws)
     with pytest.raises(UserError, match="no pixel"):
         RareClassSampler(np.zeros((2, 3)), 0.1, 1)
 
 
-def test_test_loader_gives_every_image_to_one_rank(labeled, folder):
+def test_test_loader_gives_each_image_to_exactly_one_rank(labeled, folder):
     seen = []
     for rank in range(3):
         for batch in build_test_loader(labeled, TestMapper(), rank=rank, world_size=3):
@@ -158,11 +161,11 @@ def test_test_loader_gives_every_image_to_one_rank(labeled, folder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_decoding_error_in_training_is_one_line_that_names_the_file(folder, labeled, unlabeled, mapper, num_workers):
+def test_decoding_error_in_training_is_one_line_that_names_the_file(folder, labeled, unlabeled, mapper, num_workers):
     for record in labeled:
         (folder / record["file_name"]).write_bytes(b"broken")
     with pytest.raises(UserError) as error:
-        list(build_train_loader(batches(labeled, unlabeled, mapper, max_iter=1), num_workers=num_workers))
+        list(build_train_loader(make_batches(labeled, unlabeled, mapper, max_iter=1), num_workers=num_workers))
     message = str(error.value)
     assert message.startswith("cannot decode ") and ".png" in message and "\n" not in message
 
@@ -175,14 +178,14 @@ def test_a_decoding_error_in_training_is_one_line_that_names_the_file(folder, la
         ({"unlabeled": []}, "nothing to train on: 4 labeled and 0 unlabeled"),
     ],
 )
-def test_settings_that_cannot_work(labeled, unlabeled, mapper, kwargs, words):
+def test_invalid_batch_settings_are_refused(labeled, unlabeled, mapper, kwargs, words):
     kwargs = {"unlabeled": unlabeled, **kwargs}
     with pytest.raises(UserError, match=words):
-        batches(labeled, mapper=mapper, **kwargs)
+        make_batches(labeled, mapper=mapper, **kwargs)
 
 
-def test_items_end_with_the_run(labeled, unlabeled, mapper):
-    data = batches(labeled, unlabeled, mapper)
+def test_items_end_at_max_iter(labeled, unlabeled, mapper):
+    data = make_batches(labeled, unlabeled, mapper)
     assert len(data) == 20
     with pytest.raises(IndexError):
         data[20]

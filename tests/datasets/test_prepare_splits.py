@@ -148,7 +148,8 @@ def test_drawn_lists_are_nested_complete_and_load(run, drawn_root, tmp_path):
         rare = {"17.jpg", "18.jpg", "19.jpg"}
         assert (sets[0, 6] >= rare) == (kind == "balanced")
     assert run("prepare_splits", "--draw", "camvid_train", "--labeled", 20, "--out", tmp_path).status == 1
-    assert "no data set 'camwid'" in run("prepare_splits", "--draw", "camwid", "--labeled", 2, "--out", tmp_path).err
+    result = run("prepare_splits", "--draw", "camwid", "--labeled", 2, "--out", tmp_path)
+    assert "unknown dataset 'camwid'" in result.err
 
 
 def test_balanced_order_evens_out_what_uniform_does_not():

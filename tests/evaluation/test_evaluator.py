@@ -1,4 +1,4 @@
-"""The evaluator end to end: files in, scores and result file out, one rank or two."""
+"""The evaluator end to end, from label files to metrics and result file, on one rank or two."""
 
 import json
 import math
@@ -26,14 +26,14 @@ def write_mask(path, label):
 def pairs(tmp_path):
     """Three images of different sizes: [(input dict, output dict, label)]; "car" occurs nowhere."""
     rng = np.random.default_rng(0)
-    made = []
+    pairs = []
     for i, (h, w) in enumerate([(20, 30), (17, 9), (8, 8)]):
         label = rng.integers(0, 3, (h, w))
         label[0, :3] = 255
         scores = torch.rand(4, h, w, generator=torch.Generator().manual_seed(i))
         path = write_mask(tmp_path / f"{i}.png", label)
-        made.append(({"sem_seg_file_name": path}, {"sem_seg": scores / (0.01 + scores.sum(0))}, label))
-    return made
+        pairs.append(({"sem_seg_file_name": path}, {"sem_seg": scores / (0.01 + scores.sum(0))}, label))
+    return pairs
 
 
 def run(pairs, **kwargs):
@@ -43,23 +43,23 @@ def run(pairs, **kwargs):
     return evaluator
 
 
-def test_scores_and_result_file(pairs, tmp_path):
+def test_metrics_and_result_file(pairs, tmp_path):
     evaluator = run(pairs, output_dir=str(tmp_path / "new" / "folder"), num_images=3)
-    found = evaluator.evaluate()["sem_seg"]
-    hits = sum(int((out["sem_seg"].argmax(0).numpy() == label)[label != 255].sum()) for _, out, label in pairs)
+    metrics = evaluator.evaluate()["sem_seg"]
+    num_correct = sum(int((out["sem_seg"].argmax(0).numpy() == label)[label != 255].sum()) for _, out, label in pairs)
     pixels = sum(int((label != 255).sum()) for *_, label in pairs)
-    assert found["pACC"] == pytest.approx(100 * hits / pixels)
-    assert list(found) == ["mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "ECE", *(f"IoU-{n}" for n in NAMES)]
-    assert found["mIoU"] == pytest.approx(np.mean([found[f"IoU-{n}"] for n in NAMES[:3]]))
-    assert found["IoU-car"] == 0 and found["mIoU_all"] < found["mIoU"]
+    assert metrics["pACC"] == pytest.approx(100 * num_correct / pixels)
+    assert list(metrics) == ["mIoU", "mIoU_union", "mIoU_all", "fwIoU", "pACC", "ECE", *(f"IoU-{n}" for n in NAMES)]
+    assert metrics["mIoU"] == pytest.approx(np.mean([metrics[f"IoU-{n}"] for n in NAMES[:3]]))
+    assert metrics["IoU-car"] == 0 and metrics["mIoU_all"] < metrics["mIoU"]
     result = load_result(str(tmp_path / "new" / "folder" / RESULT_FILE))
     assert result == evaluator.result
     assert np.sum(result["confusion_matrix"]) == result["pixels"] == pixels
     assert result["images"] == 3 and set(result["metrics"]) <= set(result["definitions"])
-    print_csv_format({"sem_seg": found})
+    print_csv_format({"sem_seg": metrics})
 
 
-def test_undefined_scores_are_nan_for_callers_and_null_in_the_file(pairs, tmp_path):
+def test_undefined_metrics_are_nan_for_callers_and_null_in_the_file(pairs, tmp_path):
     for _, output, _ in pairs:
         output["sem_seg"][3] = 0
     evaluator = run(pairs, output_dir=str(tmp_path))
@@ -69,7 +69,7 @@ def test_undefined_scores_are_nan_for_callers_and_null_in_the_file(pairs, tmp_pa
 
 
 def test_two_ranks_equal_one(pairs, monkeypatch):
-    alone = run(pairs).evaluate()
+    expected = run(pairs).evaluate()
     first, second = run(pairs[:1]), run(pairs[1:])
     sent = []
 
@@ -84,15 +84,15 @@ def test_two_ranks_equal_one(pairs, monkeypatch):
     gather_on(1)
     assert second.evaluate() is None
     gather_on(0)
-    assert first.evaluate() == alone
+    assert first.evaluate() == expected
 
 
-def test_an_image_counted_twice_is_noticed(pairs):
+def test_image_counted_twice_is_reported(pairs):
     with pytest.raises(UserError, match="4 images were scored instead of 3"):
         run([*pairs, pairs[0]], num_images=3).evaluate()
 
 
-def test_reset_forgets(pairs):
+def test_reset_discards_counts(pairs):
     evaluator = run(pairs)
     evaluator.reset()
     with pytest.raises(UserError, match="no labeled pixel in 0 images"):
@@ -106,8 +106,12 @@ def test_many_classes_in_a_16_bit_mask(tmp_path):
     scores = torch.nn.functional.one_hot(torch.arange(300).view(15, 20), 300).permute(2, 0, 1).float()
     evaluator = SegmentationEvaluator([f"class {i}" for i in range(300)], ignore_label=65535)
     evaluator.process([{"sem_seg_file_name": path}], [{"sem_seg": scores}])
-    found = evaluator.evaluate()["sem_seg"]
-    assert found["mIoU"] == 100 and math.isnan(found["IoU-class 0"]) and found["mIoU_all"] == pytest.approx(29900 / 300)
+    metrics = evaluator.evaluate()["sem_seg"]
+    assert (
+        metrics["mIoU"] == 100
+        and math.isnan(metrics["IoU-class 0"])
+        and metrics["mIoU_all"] == pytest.approx(29900 / 300)
+    )
 
 
 def break_label(image, output, label):
@@ -137,14 +141,14 @@ def break_file(image, output, label):
         (break_file, "decode"),
     ],
 )
-def test_a_bad_image_is_one_line_that_names_its_file(pairs, breaking, words):
+def test_error_for_a_bad_image_is_one_line_that_names_its_file(pairs, breaking, words):
     breaking(*pairs[0])
     with pytest.raises(UserError, match=words) as error:
         run(pairs)
     assert "0.png" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_mask_names_the_image():
+def test_error_for_a_missing_mask_names_the_image():
     with pytest.raises(UserError, match="x.jpg: no label map"):
         SegmentationEvaluator(NAMES).process([{"file_name": "x.jpg"}], [{"sem_seg": torch.rand(4, 2, 2)}])
 

@@ -1,4 +1,4 @@
-"""Our scores against Detectron2's own evaluator, which counts in its own way: IoU is Jaccard per class."""
+"""Our metrics against Detectron2's SemSegEvaluator, an independent implementation."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from PIL import Image
 
 from hiervl.evaluation import SegmentationEvaluator
 
-NAME = "a set to compare evaluators on"
+NAME = "dataset for comparing evaluators"
 
 
 @pytest.fixture
-def registered():
-    """Registers K classes over a list of records, for one test."""
+def register_dataset():
+    """Returns a function that registers records with K classes, for one test."""
 
     def register(records, k, ignore):
         DatasetCatalog.register(NAME, lambda: records)
@@ -26,12 +26,12 @@ def registered():
 
 
 @pytest.mark.parametrize("k, ignore", [(2, 255), (19, 255), (150, 255), (256, 65535), (300, 65535)])
-def test_equals_an_independent_evaluator(registered, tmp_path, k, ignore):
-    """With ignored pixels, classes that occur nowhere, and classes that are predicted only."""
+def test_equals_an_independent_evaluator(register_dataset, tmp_path, k, ignore):
+    """Covers ignored pixels, absent classes, and classes that are only predicted."""
     rng = np.random.default_rng(k)
     records, outputs = [], []
     for i, shape in enumerate([(40, 61), (33, 20)]):
-        label = rng.integers(0, max(1, k - 3), shape)  # the last three do not occur
+        label = rng.integers(0, max(1, k - 3), shape)  # the last three classes do not occur
         prediction = np.where(rng.random(shape) < 0.6, label, rng.integers(0, max(1, k - 1), shape))
         label[rng.random(shape) < 0.2] = ignore
         path = str(tmp_path / f"{i}.png")
@@ -39,8 +39,8 @@ def test_equals_an_independent_evaluator(registered, tmp_path, k, ignore):
         records.append({"file_name": f"{i}.jpg", "sem_seg_file_name": path})
         scores = torch.nn.functional.one_hot(torch.from_numpy(prediction), k).permute(2, 0, 1).float()
         outputs.append({"sem_seg": scores})
-    registered(records, k, ignore)
-    # Its own way of reading a mask does not work with NumPy 2.
+    register_dataset(records, k, ignore)
+    # Detectron2's default mask reader does not work with NumPy 2.
     theirs = SemSegEvaluator(
         NAME, distributed=False, sem_seg_loading_fn=lambda path, dtype: np.asarray(Image.open(path)).astype(dtype)
     )
@@ -50,6 +50,6 @@ def test_equals_an_independent_evaluator(registered, tmp_path, k, ignore):
         evaluator.process(records, outputs)
     their, our = theirs.evaluate()["sem_seg"], ours.evaluate()["sem_seg"]
     for key in ("mIoU", "fwIoU", "pACC", *(f"IoU-class {i}" for i in range(k))):
-        if not np.isnan(their[key]):  # theirs leaves out a class that is predicted only; ours says 0
+        if not np.isnan(their[key]):  # for a class that is only predicted, theirs is NaN and ours is 0
             assert our[key] == pytest.approx(their[key]), key
     assert np.isnan(our[f"IoU-class {k - 1}"])

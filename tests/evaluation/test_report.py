@@ -1,4 +1,4 @@
-"""The tables say what the result files hold."""
+"""The tables show the content of the result files."""
 
 import json
 
@@ -13,7 +13,7 @@ from hiervl.evaluation import SegmentationEvaluator, load_result, per_class_tabl
 
 @pytest.fixture
 def result(tmp_path):
-    """Result of one image: class a all right, b half right, c never there."""
+    """Result of one image: class a is fully correct, b half correct, c absent."""
     path = str(tmp_path / "m.png")
     Image.fromarray(np.array([[0, 0, 1, 1]], np.uint8)).save(path)
     evaluator = SegmentationEvaluator(["a", "b", "c"])
@@ -30,7 +30,7 @@ def test_per_class_table(result):
     assert ["c", "-", "-", "-", "0.00"] in rows
 
 
-def test_gains_are_sorted_and_matched_by_name(result):
+def test_rows_are_sorted_by_gain_and_matched_by_name(result):
     previous = json.loads(json.dumps(result))
     previous["classes"] = ["b", "a", "c"]
     previous["per_class"]["iou"] = [10.0, 60.0, None]
@@ -49,7 +49,7 @@ def test_reliability_table(result):
     assert "not measured" in reliability_table({**result, "reliability": None})
 
 
-def test_last_and_best():
+def test_summary_table_shows_last_and_best():
     entries = [
         {"iteration": i, "val": {"student": {"mIoU": s}, "teacher": {"mIoU": t}}}
         for i, s, t in [(20, 41.0, 42.0), (30, 39.0, 40.0)]
@@ -60,7 +60,7 @@ def test_last_and_best():
 
 
 @pytest.mark.parametrize("content, words", [(None, "no such"), ("{", "JSON"), ("[]", "not a result file")])
-def test_files_that_are_no_results(tmp_path, content, words):
+def test_files_that_are_not_results_are_refused(tmp_path, content, words):
     path = tmp_path / "r.json"
     if content is not None:
         path.write_text(content)

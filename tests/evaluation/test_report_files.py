@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves, and the comparison with an earlier one."""
+"""The report files of an evaluation, and the comparison with an earlier one."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from hiervl.evaluation.runner import Evaluation
 
 @pytest.fixture
 def result(tmp_path):
-    """Result of one image with a boundary: a all right, b half right, c never there."""
+    """Result of one image with Boundary IoU: class a is fully correct, b half correct, c absent."""
     path = str(tmp_path / "m.png")
     Image.fromarray(np.array([[0, 0, 1, 1]], np.uint8)).save(path)
     evaluator = SegmentationEvaluator(["a", "b", "c"], boundary=True)
@@ -53,7 +53,7 @@ def test_many_classes_are_drawn_without_names(tmp_path, result):
         assert max(picture.size) < 2000
 
 
-class Half(torch.nn.Module):
+class HalfImagePredictor(torch.nn.Module):
     """Predicts class 0 on the left and class 1 on the right, with confidence `p`."""
 
     def __init__(self, p):
@@ -69,11 +69,11 @@ class Half(torch.nn.Module):
 
 @pytest.fixture
 def evaluation(tmp_path, monkeypatch):
-    """Makes an Evaluation of two models on `shapes`, with further KEY, VALUE pairs."""
+    """Returns a function that makes an Evaluation of two models on `shapes`, with additional KEY, VALUE pairs."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     generate(str(tmp_path / "shapes"), num_train=4, num_val=3, size=32, labeled=(2,))
 
-    def make(output, *more):
+    def make(output, *overrides):
         cfg = load_config(
             "",
             [
@@ -85,16 +85,16 @@ def evaluation(tmp_path, monkeypatch):
                 str(tmp_path / output),
                 "DATALOADER.NUM_WORKERS",
                 0,
-                *more,
+                *overrides,
             ],
         )
         (tmp_path / output).mkdir(exist_ok=True)
-        return Evaluation(cfg, {"student": Half(0.5), "teacher": Half(0.9)})
+        return Evaluation(cfg, {"student": HalfImagePredictor(0.5), "teacher": HalfImagePredictor(0.9)})
 
     return make
 
 
-def test_a_run_is_compared_with_another(evaluation, tmp_path):
+def test_run_is_compared_with_another_run_or_result_file(evaluation, tmp_path):
     metrics, _ = evaluation("first", "TEST.BOUNDARY_IOU", True).run(1)
     assert "boundary_mIoU" in metrics["shapes_val/teacher"]
     evaluation("second", "TEST.COMPARE", str(tmp_path / "first")).run(1)
