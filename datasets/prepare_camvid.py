@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 """Brings the SegNet tutorial's copy of CamVid into HierVL's layout: 11 classes, void becomes 255.
 
+    python datasets/prepare_camvid.py --download         fetch the copy (190 MB), prepare, remove what was fetched
+    python datasets/prepare_camvid.py --source CamVid    prepare a copy that is already here
+
     CamVid/{train,val,test}/*.png  {train,val,test}annot/*.png  {train,val,test}.txt     --source
     camvid/images/  masks/  train.txt  val.txt  test.txt                                 what is made
 
@@ -10,16 +13,42 @@ and prepare_splits.py makes the lists anew.
 Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
 """
 
+import argparse
 import sys
+
 from hiervl.data.prepare import command
 from hiervl.data.prepare.camvid import make_plan
+from hiervl.data.prepare.camvid_archive import fetch_source, is_prepared, remove_fetched
+from hiervl.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "camvid")
-    parser.add_argument("--source", required=True, help="folder CamVid of the SegNet tutorial")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--source", help="folder CamVid of the SegNet tutorial")
+    source.add_argument("--download", action="store_true", help="fetch that folder from GitHub")
     parser.add_argument("--png", action="store_true", help="copy the images instead of making JPEGs")
-    return command.run(make_plan, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if not args.download:
+        return command.run(make_plan, args)
+    if args.check:
+        parser.error("--check writes nothing, --download does; check against a copy with --source")
+    return download_and_prepare(args)
+
+
+def download_and_prepare(args: argparse.Namespace) -> int:
+    if is_prepared(args.root) and not args.png:
+        print(f"{args.root}: CamVid is prepared, nothing to fetch")
+        return 0
+    try:
+        args.source = fetch_source(args.root, args.partial)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    status = command.run(make_plan, args)
+    if status == 0:
+        remove_fetched(args.root)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import zipfile
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from .download import is_url, local_weights
 from .errors import UserError
 from .pickled_arrays import is_array, read_pickled_arrays
 
@@ -102,13 +103,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load weights, and the named checkpointables (None: all that the file has).
 
         Raises:
-            UserError: no such file, not a checkpoint; for our own checkpoints, a key that is missing, surplus or
-                of another shape, or a checkpointable that is not there. Weights of other projects may lack keys:
-                those are listed in the log; that not one of their keys is known is an error.
+            UserError: no such file, a URL that cannot be fetched, not a checkpoint; for our own checkpoints, a key that
+                is missing, surplus or of another shape, or a checkpointable that is not there. Weights of other
+                projects may lack keys: those are listed in the log; that not one of their keys is known is an error.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            raise UserError(f"{path}: no such checkpoint (MODEL.WEIGHTS, or the last_checkpoint of OUTPUT_DIR).")
         self._path = path
+        if path and is_url(path):
+            address, mark, query = path.partition("?")  # the query is for Detectron2 (matching_heuristics=True)
+            path = local_weights(address, "MODEL.WEIGHTS", "set it to '' to train from scratch") + mark + query
+        elif path and not os.path.isfile(path):
+            raise UserError(f"{path}: no such checkpoint (MODEL.WEIGHTS, or the last_checkpoint of OUTPUT_DIR).")
         self._wanted = list(self.checkpointables) if checkpointables is None else checkpointables
         try:
             return super().load(path, checkpointables)

@@ -14,6 +14,7 @@ from pathlib import Path
 import open_clip
 from torch import nn
 
+from ..download import check_answers, check_hub, reason_of
 from ..errors import UserError
 
 _SCHEMES = ("local-dir:", "hf-hub:")  # a model with one of these prefixes brings its own weights
@@ -34,6 +35,7 @@ def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
     # OpenAI's weights were trained with QuickGELU; for a model name without "quickgelu" open_clip only warns.
     options = {"force_quick_gelu": True} if pretrained_config and pretrained_config.get("quick_gelu") else {}
     brings_weights = model.startswith(_SCHEMES)
+    _check_source(model, pretrained, key, pretrained_config)
     try:
         network = open_clip.create_model(
             model, pretrained=None if brings_weights else pretrained, require_pretrained=True, **options
@@ -41,17 +43,43 @@ def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
     except Exception as error:  # open_clip raises many unrelated exception types here
         reason = " ".join(str(error).split())[:200]
         if pretrained_config or model.startswith("hf-hub:"):
-            name = f"{model}-quickgelu" if options and not model.endswith("-quickgelu") else model
-            alternative = ", or use an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
-            raise UserError(
-                f"{key}: the weights {model} {pretrained} could not be downloaded; download them on another machine "
-                f"and set {key}.PRETRAINED to the file and {key}.MODEL to {name}{alternative}. {reason}"
-            ) from error
+            raise _no_download(model, pretrained, key, pretrained_config, reason) from error
         raise UserError(
             f"{model if brings_weights else pretrained}: does not contain the weights of {key}.MODEL {model} "
             f"({reason})."
         ) from error
     return network.eval().requires_grad_(False)
+
+
+def _check_source(model, pretrained, key, pretrained_config):
+    """Raise UserError quickly if there is no network: open_clip's client would retry for minutes."""
+    if model.startswith("hf-hub:"):
+        repository, url = model.removeprefix("hf-hub:"), ""
+    else:
+        entry = pretrained_config or {}
+        repository, url = entry.get("hf_hub", "").rpartition("/")[0], entry.get("url", "")
+    try:
+        if repository:
+            check_hub(repository)
+        elif url and not os.path.exists(os.path.expanduser(f"~/.cache/clip/{os.path.basename(url)}")):
+            check_answers(url)
+    except OSError as error:
+        raise _no_download(model, pretrained, key, pretrained_config, reason_of(error)) from error
+
+
+def _no_download(model, pretrained, key, pretrained_config, reason):
+    quick_gelu = pretrained_config and pretrained_config.get("quick_gelu") and not model.endswith("-quickgelu")
+    name = f"{model}-quickgelu" if quick_gelu else model
+    alternative = (
+        ", or set MODEL.TEXT.EMBEDDINGS to a file with the names' embeddings (hiervl/data/tables/*_clip_vit_b16.npz "
+        "have those of the benchmarks)"
+        if key == "MODEL.TEXT"
+        else ""
+    )
+    return UserError(
+        f"{key}: the weights {model} {pretrained} could not be downloaded ({reason}); download them on another machine "
+        f"and set {key}.PRETRAINED to the file and {key}.MODEL to {name}{alternative}."
+    )
 
 
 def check_clip(model: str, pretrained: str, key: str) -> None:

@@ -16,7 +16,7 @@ from .files import WriteError, read_lines, write_whole
 from .masks import Job, Remap
 from .parallel import parallel
 
-_PARTS = {"camvid_train": "train", "camvid_val": "val", "camvid_test": "test"}
+PARTS = {"camvid_train": "train", "camvid_val": "val", "camvid_test": "test"}
 _QUALITY = 90
 
 
@@ -24,9 +24,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Images go to images/, as JPEG unless --png; names are taken from the lists, whose folders are someone else's."""
     table = table_of("camvid_train")
     suffix = ".png" if args.png else ".jpg"
-    pairs = {part: _pairs(args.source, args.root, folder, suffix) for part, folder in _PARTS.items()}
+    pairs = {part: _pairs(args.source, args.root, folder, suffix) for part, folder in PARTS.items()}
     everything = [pair for of_part in pairs.values() for pair in of_part]
-    lists = [os.path.join(args.source, f"{folder}.txt") for folder in _PARTS.values()]
+    lists = [os.path.join(args.source, f"{folder}.txt") for folder in PARTS.values()]
     parts = {part: [job for _, job in of_part] for part, of_part in pairs.items()}
     classes = len(table.classes)
     remap = {**{i: i for i in range(classes)}, classes: table.ignore_label}

@@ -10,11 +10,13 @@ from torch import nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
 from ...checkpoint import load_strictly
+from ...download import local_weights
 from ...errors import UserError
 
 # The last block of each stride in torchvision's `features`; the 1280-channel head behind res5 is not used.
 _STAGES = {"res2": slice(0, 4), "res3": slice(4, 7), "res4": slice(7, 14), "res5": slice(14, 18)}
 _CHANNELS = {"res2": 24, "res3": 32, "res4": 96, "res5": 320}
+_KEY = "MODEL.BACKBONE.WEIGHTS"
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
@@ -23,10 +25,10 @@ class MobileNetV2(Backbone):
     """res2..res5 with 24, 32, 96, 320 channels at strides 4, 8, 16, 32.
 
     Args:
-        weights: path of a torchvision `mobilenet_v2` state dict, "" for random weights.
+        weights: a torchvision `mobilenet_v2` state dict, as a file or a URL; "" for random weights.
         freeze_at: the first stages are not trained: 0 none, 2 up to res2, ... 5 all (detectron2's numbering).
     Raises:
-        UserError: the file is missing, or does not fit MobileNetV2 key by key.
+        UserError: the weights are missing, cannot be fetched, or do not fit MobileNetV2 key by key.
     """
 
     @configurable
@@ -34,12 +36,13 @@ class MobileNetV2(Backbone):
         super().__init__()
         network = mobilenet_v2(weights=None)
         if weights:
-            if not os.path.isfile(weights):
+            path = local_weights(weights, _KEY, "set it to '' to train from scratch")
+            if not os.path.isfile(path):
                 raise UserError(
-                    f"{weights}: no such weights file (MODEL.BACKBONE.WEIGHTS); fetch torchvision's from "
-                    f"{MobileNet_V2_Weights.IMAGENET1K_V1.url}, or set it to '' to begin without."
+                    f"{weights}: no such weights file ({_KEY}); torchvision's are at "
+                    f"{MobileNet_V2_Weights.IMAGENET1K_V1.url}, which the key takes as well; '' trains from scratch."
                 )
-            load_strictly(network, weights, "MODEL.BACKBONE.WEIGHTS")
+            load_strictly(network, path, _KEY)
         self.stages = nn.ModuleDict({name: network.features[blocks] for name, blocks in _STAGES.items()})
         for name in list(_STAGES)[: max(freeze_at - 1, 0)]:
             self.stages[name].requires_grad_(False)

@@ -4,15 +4,18 @@ Supported are all models that offer `features_only` with strides 4, 8, 16 and 32
 and plain ViTs (DINOv2, DINOv3, EVA-02...), which get a simple feature pyramid.
 """
 
+import os
 from functools import lru_cache
 
 import timm
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 
 from ...checkpoint import load_strictly
+from ...download import check_answers, check_hub, local_weights, reason_of
 from ...errors import UserError
 from ...utils.padding import pad_to_multiple
 from .feature_pyramid import STRIDES, SimpleFeaturePyramid
@@ -28,7 +31,7 @@ class TimmBackbone(Backbone):
     Args:
         name: timm model name, with or without a pretrained tag.
         pretrained: load timm's weights, from `weights` if that is set and from timm's hub otherwise.
-        weights: path of a weights file. With `pretrained`, a file published by timm; otherwise a state dict of the
+        weights: weights file or URL. With `pretrained`, a file published by timm; otherwise a state dict of the
             `features_only` model. "" for no file.
         drop_path: stochastic depth rate.
     Raises:
@@ -39,6 +42,8 @@ class TimmBackbone(Backbone):
     def __init__(self, *, name: str, pretrained: bool = False, weights: str = "", drop_path: float = 0.0):
         super().__init__()
         _check_name(name)
+        if weights:
+            weights = local_weights(weights, "MODEL.BACKBONE.WEIGHTS")
         options = {"drop_path_rate": drop_path} if drop_path else {}
         is_vit = name.split(".")[0] in _plain_vits()
         if is_vit:
@@ -105,6 +110,8 @@ def _create(name, pretrained, weights, options):
     """The `features_only` model, with timm's weights if `pretrained`."""
     if pretrained and weights:
         options["pretrained_cfg_overlay"] = {"file": weights}
+    if pretrained and not weights:
+        _check_source(name)
     try:
         if pretrained and weights:
             # With features_only, timm silently skips weights that do not fit. Loading the whole model checks them.
@@ -119,7 +126,29 @@ def _create(name, pretrained, weights, options):
                 f"{weights}: does not contain timm's weights of {name} ({reason}; MODEL.BACKBONE.WEIGHTS with "
                 "MODEL.BACKBONE.TIMM.PRETRAINED True)."
             ) from error
-        raise UserError(
-            f"MODEL.BACKBONE.TIMM: the weights of {name} could not be downloaded ({reason}); download timm's file on "
-            "another machine and set MODEL.BACKBONE.WEIGHTS to it."
-        ) from error
+        raise _no_download(name, reason) from error
+
+
+def _check_source(name):
+    """timm's hub client retries for minutes where there is no network."""
+    source = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        if source and source.hf_hub_id:
+            check_hub(source.hf_hub_id)
+        elif source and source.url and not _is_cached(source.url):
+            check_answers(source.url)
+    except OSError as error:
+        raise _no_download(name, reason_of(error)) from error
+
+
+def _is_cached(url):
+    """Whether torch.hub, which timm fetches addresses with, has a file."""
+    return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url)))
+
+
+def _no_download(name, reason):
+    return UserError(
+        f"MODEL.BACKBONE.TIMM: the weights of {name} could not be downloaded ({reason}); download timm's file "
+        "on another machine and set MODEL.BACKBONE.WEIGHTS to it, or train from scratch with "
+        "MODEL.BACKBONE.TIMM.PRETRAINED False."
+    )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import UserError
+from ...paths import find_file
 
 
 @dataclass
@@ -147,7 +148,7 @@ def _check_same_model(files):
 def _load(path, key):
     """Read an embeddings file that the config key names."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(find_file(path), allow_pickle=False) as data:
             names = [str(name).strip() for name in data["names"]]
             texts = [str(text).strip() for text in data["texts"]] if "texts" in data else names
             embeddings = torch.from_numpy(data["embeddings"].astype(np.float32))

@@ -5,6 +5,7 @@ import os
 import yaml
 
 from ...errors import UserError
+from ...paths import find_file
 
 
 def read_lines(path: str, key: str) -> list[str]:
@@ -61,7 +62,7 @@ def read_classes(value: str) -> list[str]:
 
 def _read(path, key):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(find_file(path), encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(

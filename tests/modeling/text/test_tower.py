@@ -235,6 +235,8 @@ def test_openais_weights_use_quick_gelu(monkeypatch):
     monkeypatch.setattr(
         open_clip, "create_model", lambda *args, **kwargs: options.update(kwargs) or torch.nn.Identity()
     )
+    monkeypatch.setattr("hiervl.modeling.clip.check_hub", lambda repository: None)
+    monkeypatch.setattr("hiervl.modeling.clip.check_answers", lambda url: None)
     load_clip("ViT-B-16", "openai", "MODEL.TEXT")
     assert options["force_quick_gelu"]
     options.clear()
