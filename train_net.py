@@ -1,17 +1,19 @@
-"""Train, resume or evaluate HierVL.
+"""Train, resume, or evaluate HierVL. Run it from the repository:
 
-python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
-python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
-... --eval-only --classes "sky, house, pole, street, ..."    other words for the data set's classes, in its order;
-                                                        reports go to OUTPUT_DIR/inference_other_words
+    python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
+    python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+    python train_net.py ... --eval-only --classes "sky, house, pole, street, ..."
+
+With --classes, the data set's classes get other names, in the same order; reports go to
+OUTPUT_DIR/inference_other_words.
 """
 
 import logging
 import os
 import sys
 
-# Idle OpenMP threads of one process must not spin on the cores that its data workers need: on a small machine that
-# costs more than the work itself. Has to be set before torch is loaded.
+# Idle OpenMP threads must not spin on the cores that the data workers need: on a small machine, that costs more than
+# the work itself. This has to be set before torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -52,7 +54,7 @@ def run(args):
 
 
 def rename_classes(trainer, names):
-    """Evaluate with other words for the classes of the data set."""
+    """Evaluate with other names for the classes of the data set."""
     known = trainer.student.class_names
     if len(names) != len(known):
         raise UserError(
@@ -75,7 +77,7 @@ def parser():
 
 
 def main(args):
-    """`run`, with a user's mistake told in one line."""
+    """`run`, with a user's mistake reported in one line."""
     try:
         return run(args)
     except UserError as error:

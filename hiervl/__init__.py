@@ -6,6 +6,7 @@ Detectron2's registries.
 
 from .data import datasets as _datasets  # noqa: F401
 from .modeling import HierVL
+from .predictor import Prediction, Predictor
 from .version import __version__
 
-__all__ = ["HierVL", "__version__"]
+__all__ = ["HierVL", "Prediction", "Predictor", "__version__"]

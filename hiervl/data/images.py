@@ -26,7 +26,12 @@ def read_image(path: str) -> np.ndarray:
     with _opened(path) as image:
         if image.mode[0] in "IF":
             raise UserError(f"image {path} has more than 8 bits per channel; convert it to 8 bits")
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3), RGB, of a PIL image, turned as its EXIF orientation says."""
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_label(path: str) -> np.ndarray:

@@ -287,13 +287,16 @@ class TestMapper:
 
     def __call__(self, record: dict) -> dict:
         """Adds ``image`` uint8 (3, H', W') RGB and the ``height`` and ``width`` of the file to the record's keys."""
-        image = read_image(record["file_name"])
+        return {**record, **self.from_array(read_image(record["file_name"]))}
+
+    def from_array(self, image: np.ndarray) -> dict:
+        """The sample of an image in memory, uint8 (H, W, 3) RGB: ``image``, ``height``, ``width``."""
         height, width = image.shape[:2]
         if self.short_side:
             factor = self.short_side / min(height, width)
             image = resize(image, (round(height * factor), round(width * factor)))
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return {**record, "image": tensor, "height": height, "width": width}
+        return {"image": tensor, "height": height, "width": width}
 
 
 def _names(record: dict) -> dict:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-_NEVER = 1e6  # stands in for a cost that is not finite
+_NEVER = 1e6  # cost of a pair whose true cost is not finite
 
 
 def sigmoid_ce_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def sigmoid_ce_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Ten
 def dice_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """1 - dice of every pair, add-one smoothed: (..., N, P), (M, P), (P,) -> (..., N, M)."""
     masks = masks * weight
-    # The masks and the weight in one product, so that the probabilities are read once.
+    # One product for masks and weight, so that the probabilities are read once.
     sums = logits.sigmoid() @ torch.cat((masks, weight[None])).t()  # (..., N, M+1)
     overlap, total = 2 * sums[..., :-1], sums[..., -1:] + masks.sum(-1)
     return 1 - (overlap + 1) / (total + 1)

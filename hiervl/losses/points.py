@@ -1,4 +1,4 @@
-"""Points at which the losses look at the masks.
+"""Points at which the losses compare masks.
 
 Mask2Former draws points anywhere on the canvas, so that ignored and padded pixels become negatives. Here every
 point is the center of a valid label pixel, and a label is read there without interpolation.
@@ -19,7 +19,7 @@ class SharedPoints:
 
     Attributes:
         index: (B, S) pixel indices. point_coords: (B, S, 2), their centers. weight: (B, S) validity.
-        label, segment: (B, S), class and segment there.
+        label, segment: (B, S), class and segment at each point.
     """
 
     index: torch.Tensor
@@ -47,13 +47,14 @@ def draw_valid_points(weight: torch.Tensor, num_points: int) -> torch.Tensor:
     """Draw pixel indices uniformly, with replacement, from the pixels of positive weight.
 
     Args:
-        weight: (B, H, W). Returns: (B, num_points) int64, indices into H*W. An image without a valid pixel gets
-        arbitrary ones; their weight is 0 wherever it is used.
+        weight: (B, H, W).
+    Returns:
+        (B, num_points) int64, indices into H*W; arbitrary ones, of weight 0, in an image without a valid pixel.
     """
-    seen = (weight > 0).flatten(1).cumsum(dim=1)  # (B, H*W), number of valid pixels up to here
-    total = seen[:, -1:]
+    num_valid = (weight > 0).flatten(1).cumsum(dim=1)  # (B, H*W), valid pixels so far, in raster order
+    total = num_valid[:, -1:]
     nth = (torch.rand(len(weight), num_points, device=weight.device) * total).long().minimum(total - 1) + 1
-    return torch.searchsorted(seen, nth.clamp(min=1)).clamp(max=seen.shape[1] - 1)
+    return torch.searchsorted(num_valid, nth.clamp(min=1)).clamp(max=num_valid.shape[1] - 1)
 
 
 def pixel_centers(index: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -127,13 +127,13 @@ class Regularizers:
 
 @register(LABELED)
 def language(context, settings):
-    """The adapted names stay recognizable by their frozen anchors: cross-entropy of T'·T0ᵀ/τ with the identity."""
+    """Keep each adapted name closest to its own frozen anchor: cross-entropy of T'·T0ᵀ/τ with the identity."""
     return language_loss(context.text, context.anchors, temperature=0.1)
 
 
 @register(LABELED, PSEUDO)
 def vision_language(context, settings):
-    """Cross-entropy of the pixel-text similarity at the shared points; near the boundaries of labeled images more."""
+    """Cross-entropy of the pixel-text similarity at the shared points, with more weight near labeled boundaries."""
     scores = sample_maps(context.aligned.similarity, context.points.point_coords).transpose(1, 2)  # (B, K', P)
     loss = F.cross_entropy(scores / context.similarity_temperature, context.points.label, reduction="none")
     if context.kind == LABELED:
@@ -146,14 +146,14 @@ def vision_language(context, settings):
 
 @register(LABELED, PSEUDO)
 def relevance(context, settings):
-    """Relevance learns from presence, and from absence where it is known; distractors are absent everywhere."""
+    """Train the relevance on classes known to be present or absent; distractors are always absent."""
     loss = balanced_presence_loss(context.selected.logits, context.targets.present, context.targets.absent)
     return _image_weighted_mean(loss, context)
 
 
 @register(LABELED)
 def diversity(context, settings):
-    """The three projections of a name shall differ: mean positive cosine between scales, levels left out."""
+    """Keep the E projections of a name apart: mean positive cosine between scales, without level embeddings."""
     queries = F.normalize(context.name_queries, dim=2)  # (E, K, d)
     cosine = torch.einsum("ekd,fkd->efk", queries, queries)
     different = ~torch.eye(len(queries), dtype=torch.bool, device=queries.device)

@@ -1,4 +1,4 @@
-"""Classifiers of the instance queries: by the names' text embeddings, or Mask2Former's own linear layer."""
+"""Classifiers for the instance queries: cosine similarity to text embeddings, or Mask2Former's linear layer."""
 
 import math
 
@@ -10,21 +10,22 @@ from ..errors import UserError
 
 
 class LinearClassifier(nn.Linear):
-    """Mask2Former's head: one weight row per class and one for "no object"."""
+    """Mask2Former's classification head: one weight row per class and one for "no object"."""
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__(dim, num_classes + 1)
 
     def forward(self, queries, text=None):
-        """(B, N, C) -> (B, N, K+1)."""
+        """queries (B, N, C) -> logits (B, N, K+1). `text` is ignored."""
         return super().forward(queries)
 
 
 class TextClassifier(nn.Module):
-    """Cosine between the projected query and each class's text, over a learnable temperature.
+    """Cosine similarity of the projected query and each class's text embedding, divided by a learnable temperature.
 
-    "No object" is one learnable vector of the text space. No weight has a dimension K: any list of names can be
-    scored. The inverse temperature starts at 1/0.07 and is at most 100, as in CLIP (arXiv 2103.00020, 2.5).
+    "No object" is a learnable vector in the text space. No weight depends on the number of classes K, so the
+    classifier works with any list of names. As in CLIP (arXiv 2103.00020, section 2.5), the inverse temperature starts
+    at 1/0.07 and is clamped to 100.
     """
 
     MAX_SCALE = 100.0
@@ -36,7 +37,7 @@ class TextClassifier(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, queries, text):
-        """queries (B, N, C), text (K, Dt) or each image's own (B, K, Dt), of unit length -> (B, N, K+1)."""
+        """queries (B, N, C) and unit-length text, (K, Dt) or (B, K, Dt) per image -> logits (B, N, K+1)."""
         no_object = F.normalize(self.no_object, dim=0).expand(*text.shape[:-2], 1, -1)
         classes = torch.cat((text, no_object), dim=-2)  # (..., K+1, Dt)
         scale = self.log_scale.exp().clamp(max=self.MAX_SCALE)
@@ -44,7 +45,16 @@ class TextClassifier(nn.Module):
 
 
 def build_classifier(kind: str, dim: int, num_classes: int, text_dim: int) -> nn.Module:
-    """kind: "text" or "linear" (MODEL.DECODER.CLASSIFIER)."""
+    """Build the classifier that MODEL.DECODER.CLASSIFIER names.
+
+    Args:
+        kind: "text" or "linear".
+        dim: width of the queries.
+        num_classes: K, used by the linear classifier only.
+        text_dim: width of the text embeddings, used by the text classifier only.
+    Raises:
+        UserError: an unknown kind.
+    """
     if kind == "linear":
         return LinearClassifier(dim, num_classes)
     if kind == "text":

@@ -1,7 +1,7 @@
-"""CLIP models of open_clip, for text towers and image towers: found by name, with weights, or one line on what to do.
+"""Load open_clip's CLIP models, for use as text towers and image towers.
 
-A model is named as open_clip names it ("ViT-B-16"), or as a folder with open_clip_config.json and weights
-("local-dir:FOLDER"). Weights are a tag of open_clip ("openai"), which is downloaded, or a file.
+A model is given by open_clip's name for it ("ViT-B-16"), or as a folder with open_clip_config.json and weights
+("local-dir:FOLDER"). Weights are given by an open_clip tag ("openai"), which is downloaded, or as a file.
 """
 
 import difflib
@@ -16,67 +16,74 @@ from torch import nn
 
 from ..errors import UserError
 
-_SCHEMES = ("local-dir:", "hf-hub:")  # these name the weights along with the model
+_SCHEMES = ("local-dir:", "hf-hub:")  # a model with one of these prefixes brings its own weights
 
 
 def load_clip(model: str, pretrained: str, key: str) -> nn.Module:
-    """The open_clip model with its weights: float32, on the CPU, eval mode, nothing to be trained.
+    """The open_clip model with its weights: float32, on the CPU, in eval mode, with no trainable parameters.
 
     Args:
-        model: name or "local-dir:FOLDER". pretrained: tag or file.
-        key: the config section that chose them ("MODEL.TEXT"), to be named in errors.
+        model: open_clip's name or "local-dir:FOLDER".
+        pretrained: open_clip tag or file.
+        key: config section that chose the model ("MODEL.TEXT"), for error messages.
     Raises:
-        UserError: an unknown name, weights that cannot be had or do not fit.
+        UserError: an unknown name, or weights that are unavailable or do not fit the model.
     """
     check_clip(model, pretrained, key)
-    tag = _tag(model, pretrained)
-    # OpenAI's weights were trained with QuickGELU; open_clip only warns when the model's name says otherwise.
-    options = {"force_quick_gelu": True} if tag and tag.get("quick_gelu") else {}
-    named = model.startswith(_SCHEMES)
+    pretrained_config = _pretrained_config(model, pretrained)
+    # OpenAI's weights were trained with QuickGELU; for a model name without "quickgelu" open_clip only warns.
+    options = {"force_quick_gelu": True} if pretrained_config and pretrained_config.get("quick_gelu") else {}
+    brings_weights = model.startswith(_SCHEMES)
     try:
         network = open_clip.create_model(
-            model, pretrained=None if named else pretrained, require_pretrained=True, **options
+            model, pretrained=None if brings_weights else pretrained, require_pretrained=True, **options
         )
-    except Exception as error:  # open_clip wraps what its readers raise in whatever was at hand
+    except Exception as error:  # open_clip raises many unrelated exception types here
         reason = " ".join(str(error).split())[:200]
-        if tag or model.startswith("hf-hub:"):
+        if pretrained_config or model.startswith("hf-hub:"):
             name = f"{model}-quickgelu" if options and not model.endswith("-quickgelu") else model
-            instead = ", or make an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
+            alternative = ", or use an embeddings file (MODEL.TEXT.EMBEDDINGS)" if key == "MODEL.TEXT" else ""
             raise UserError(
-                f"{key}: the weights {model} {pretrained} could not be downloaded; fetch them elsewhere "
-                f"and name the file in {key}.PRETRAINED (with MODEL {name}){instead}. {reason}"
+                f"{key}: the weights {model} {pretrained} could not be downloaded; download them on another machine "
+                f"and set {key}.PRETRAINED to the file and {key}.MODEL to {name}{alternative}. {reason}"
             ) from error
         raise UserError(
-            f"{model if named else pretrained}: does not hold the weights of {key}.MODEL {model} ({reason})."
+            f"{model if brings_weights else pretrained}: does not contain the weights of {key}.MODEL {model} "
+            f"({reason})."
         ) from error
     return network.eval().requires_grad_(False)
 
 
 def check_clip(model: str, pretrained: str, key: str) -> None:
-    """Raise UserError for a model or weights that cannot exist, before anything is loaded."""
+    """Check the model name and the weights without loading them. Arguments as in `load_clip`.
+
+    Raises:
+        UserError: an unknown model or tag, a folder without open_clip_config.json, or a TorchScript file.
+    """
     if model.startswith("local-dir:") and not Path(model.removeprefix("local-dir:"), "open_clip_config.json").is_file():
         raise UserError(f"{key}.MODEL: {model.removeprefix('local-dir:')} has no open_clip_config.json.")
     if model.startswith(_SCHEMES):
         return
     if open_clip.get_model_config(model.replace("/", "-")) is None:
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.4)
-        raise UserError(f"{key}.MODEL: open_clip has no model {model!r}; similar: {', '.join(near) or 'none'}.")
-    if _tag(model, pretrained) is None and not os.path.isfile(pretrained):
+        similar = difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.4)
+        raise UserError(f"{key}.MODEL: open_clip has no model {model!r}; similar: {', '.join(similar) or 'none'}.")
+    if _pretrained_config(model, pretrained) is None and not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise UserError(
-            f"{key}.PRETRAINED: {pretrained!r} is neither a file nor weights that open_clip knows for {model} ({tags})."
+            f"{key}.PRETRAINED: {pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags})."
         )
     if os.path.isfile(pretrained) and _is_torchscript(pretrained):
         raise UserError(
-            f"{pretrained}: is a TorchScript archive ({key}.PRETRAINED); use the same weights as a state "
-            "dict or .safetensors file."
+            f"{pretrained}: is a TorchScript archive ({key}.PRETRAINED); convert the weights to a state dict or a "
+            ".safetensors file."
         )
 
 
 def clip_fingerprint(model: str, pretrained: str, key: str) -> str:
-    """What decides a model's numbers, architecture and weights, as a string; no weights are loaded.
+    """A string that identifies the model's architecture and weights, computed without loading the weights.
 
-    A tag counts as its entry in open_clip's table, a file by its content.
+    A tag is identified by its entry in open_clip's table, a file by the hash of its content. Arguments as in
+    `load_clip`.
     """
     check_clip(model, pretrained, key)
     if model.startswith("hf-hub:"):
@@ -84,12 +91,12 @@ def clip_fingerprint(model: str, pretrained: str, key: str) -> str:
     if model.startswith("local-dir:"):
         files = [p for p in sorted(Path(model.removeprefix("local-dir:")).iterdir()) if p.is_file()]
         return json.dumps([_sha256(p) for p in files])
-    weights = _tag(model, pretrained) or _sha256(pretrained)
+    weights = _pretrained_config(model, pretrained) or _sha256(pretrained)
     return json.dumps([open_clip.get_model_config(model.replace("/", "-")), weights], sort_keys=True, default=str)
 
 
-def _tag(model, pretrained):
-    """open_clip's entry for downloadable weights, None when `pretrained` is no tag of this model."""
+def _pretrained_config(model, pretrained):
+    """open_clip's entry for downloadable weights; None if `pretrained` is not a tag of this model."""
     return open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained) or None
 
 

@@ -1,10 +1,11 @@
-"""DQTD, the dual-query transformer decoder: masked attention (Mask2Former, arXiv 2112.01527, section 3.2) over two
-sets of queries (docs/how-it-works.md, "two sets of queries").
+"""DQTD, the dual-query transformer decoder (docs/how-it-works.md).
 
-Instance queries are learned and free to take any segment; semantic queries (K' classes at E scales) come from the
-names and stay with their class. Inputs: memory F1..F3, mask features M, class embeddings T, and the semantic queries
-where there are any. Output after every layer, the initial queries included: `QueryPredictions`. State-dict names are
-Mask2Former's, so that its checkpoints load.
+Masked attention as in Mask2Former (arXiv 2112.01527, section 3.2), over two sets of queries. Instance queries are
+learned and can take any segment. Semantic queries (K' classes at E scales) come from the class names, and each stays
+with its class.
+
+Input: memory F1..F3, mask features M, text embeddings T and, optionally, semantic queries. Output: `QueryPredictions`
+for the initial queries and after every layer. The state-dict names are Mask2Former's, so that its checkpoints load.
 """
 
 from dataclasses import dataclass
@@ -23,14 +24,16 @@ _NUM_LEVELS = 3
 
 @dataclass
 class QueryPredictions:
-    """What the queries say after one layer. A mask is an embedding: its logits anywhere are the product with the mask
-    features there, so that no query's mask is made where nobody looks.
+    """Predictions of the queries after one layer.
+
+    A mask is stored as an embedding, and its logits at a position are the dot product with the mask features there.
+    Masks can therefore be evaluated at sampled points, without computing every query's full-size mask.
 
     Attributes:
-        class_logits: (B, N, K'+1) of the instance queries, the last column being "no object".
-        mask_embed: (B, N, Cm).
-        presence_logits: (B, E, K') of the semantic queries; None without them.
-        semantic_mask_embed: (B, E, K', Cm), the masks of the semantic queries; None without them.
+        class_logits: (B, N, K'+1), classes of the instance queries; the last column is "no object".
+        mask_embed: (B, N, Cm), mask embeddings of the instance queries.
+        presence_logits: (B, E, K') of the semantic queries, or None without semantic queries.
+        semantic_mask_embed: (B, E, K', Cm), mask embeddings of the semantic queries, or None without them.
     """
 
     class_logits: torch.Tensor
@@ -39,9 +42,9 @@ class QueryPredictions:
     semantic_mask_embed: torch.Tensor | None = None
 
     def __getitem__(self, images: slice) -> "QueryPredictions":
-        """Those of some of the images."""
-        parts = (self.class_logits, self.mask_embed, self.presence_logits, self.semantic_mask_embed)
-        return QueryPredictions(*(None if part is None else part[images] for part in parts))
+        """The predictions of a slice of the batch."""
+        tensors = (self.class_logits, self.mask_embed, self.presence_logits, self.semantic_mask_embed)
+        return QueryPredictions(*(None if tensor is None else tensor[images] for tensor in tensors))
 
     def mask_logits(self, mask_features) -> torch.Tensor:
         """Mask logits of the instance queries: M (B, Cm, h, w) -> (B, N, h, w)."""
@@ -52,24 +55,31 @@ class QueryPredictions:
         return torch.einsum("bekc,bchw->bekhw", self.semantic_mask_embed.float(), mask_features.float())
 
     def class_scores(self, mask_features, score_head, relevance=None) -> torch.Tensor:
-        """Evidence (B, K', h, w) for the selected classes, by `score_head` (ClassScoreHead)."""
-        semantic = (
-            ()
-            if self.semantic_mask_embed is None
-            else (self.presence_logits, self.semantic_mask_logits(mask_features).flatten(3))
-        )
-        flat = score_head(self.class_logits, self.mask_logits(mask_features).flatten(2), *semantic, relevance=relevance)
-        return flat.unflatten(2, mask_features.shape[2:])
+        """Class scores of the selected classes at every position of M: (B, Cm, h, w) -> (B, K', h, w).
+
+        Args:
+            mask_features: M, (B, Cm, h, w).
+            score_head: the ClassScoreHead that combines the queries' predictions.
+            relevance: (B, K'), relevance of the selected classes, or None.
+        """
+        if self.semantic_mask_embed is None:
+            semantic = ()
+        else:
+            semantic = (self.presence_logits, self.semantic_mask_logits(mask_features).flatten(3))
+        mask_logits = self.mask_logits(mask_features).flatten(2)  # (B, N, h*w)
+        scores = score_head(self.class_logits, mask_logits, *semantic, relevance=relevance)  # (B, K', h*w)
+        return scores.unflatten(2, mask_features.shape[2:])
 
 
 @dataclass
 class SemanticQueries:
-    """The semantic set as the decoder takes it over.
+    """The semantic queries as the decoder receives them.
 
     Attributes:
-        queries: (B, E, K', d). position: (B, E, K', d), the queries before anything was added to them.
-        log_relevance: (B, K').
-        similarity: (B, K', h, w), pixel-text similarity, positive where the class may be; or None.
+        queries: (B, E, K', d).
+        position: (B, E, K', d), their position embeddings: the queries before CMSAM's update.
+        log_relevance: (B, K'), attention bias for the classes.
+        similarity: (B, K', h, w), pixel-text similarity, positive where the class is likely; or None.
     """
 
     queries: torch.Tensor
@@ -79,28 +89,36 @@ class SemanticQueries:
 
 
 class SelfAttentionLayer(nn.Module):
+    """Self-attention among the queries, with a residual connection and layer normalization."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.self_attn = Attention(dim, num_heads)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries, query_position, bias=None):
+        """queries (B, Q, C), positions (B, Q, C) or (Q, C), attention bias (B, 1, Q) or None -> (B, Q, C)."""
         positioned = queries + query_position
         return self.norm(queries + self.self_attn(positioned, positioned, queries, bias))
 
 
 class CrossAttentionLayer(nn.Module):
+    """Masked cross-attention from the queries to the memory, with a residual connection and layer normalization."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.multihead_attn = Attention(dim, num_heads)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries, query_position, memory, memory_position, visible):
+        """queries (B, Q, C), memory (B, S, C), their positions, visible (B, Q, S) bool -> (B, Q, C)."""
         attended = self.multihead_attn(queries + query_position, memory + memory_position, memory, visible)
         return self.norm(queries + attended)
 
 
 class FeedForwardLayer(nn.Module):
+    """Two linear layers with a residual connection and layer normalization."""
+
     def __init__(self, dim, feedforward_dim):
         super().__init__()
         self.linear1 = nn.Linear(dim, feedforward_dim)
@@ -112,7 +130,7 @@ class FeedForwardLayer(nn.Module):
 
 
 class SetExchange(nn.Module):
-    """Each set of queries asks the other one; per-channel gates start near zero."""
+    """Cross-attention from each set of queries to the other, added through per-channel gates that start near zero."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -121,7 +139,14 @@ class SetExchange(nn.Module):
         self.instance_gate = nn.Parameter(torch.full((dim,), 0.01))
 
     def forward(self, semantic, instance, bias):
-        """semantic (B, E*K', d), instance (B, N, d), bias (B, 1, E*K') log relevance -> both, updated."""
+        """
+        Args:
+            semantic: (B, E*K', d).
+            instance: (B, N, d).
+            bias: (B, 1, E*K'), log relevance of each semantic query's class.
+        Returns:
+            (semantic, instance), both updated.
+        """
         return (
             semantic + self.semantic_gate * self.to_semantic(semantic, instance, instance),
             instance + self.instance_gate * self.to_instance(instance, semantic, semantic, bias),
@@ -129,7 +154,7 @@ class SetExchange(nn.Module):
 
 
 class QueryDecoder(nn.Module):
-    """See the module's docstring."""
+    """Masked-attention decoder over instance queries and, optionally, semantic queries; see the module docstring."""
 
     @configurable
     def __init__(
@@ -147,9 +172,13 @@ class QueryDecoder(nn.Module):
     ):
         """
         Args:
-            memory_dim, mask_dim: widths of F1..F3 and of M.
-            num_queries: N instance queries. classifier: module (x (B, N, C), T) -> (B, N, K'+1).
-            semantic: with a set of semantic queries.
+            memory_dim: channels of F1..F3.
+            mask_dim: channels of M.
+            hidden_dim: width of the queries.
+            num_queries: N, the number of instance queries.
+            num_heads, num_layers, feedforward_dim: settings of the decoder layers.
+            classifier: module that maps (queries (B, N, C), T) to class logits (B, N, K'+1).
+            semantic: also decode a set of semantic queries.
         """
         super().__init__()
         self.semantic = semantic
@@ -211,10 +240,13 @@ class QueryDecoder(nn.Module):
     ) -> list:
         """
         Args:
-            memory: [F1, F2, F3], each (B, C, h, w). mask_features: (B, C, H/4, W/4).
-            text: (K, Dt), (B, K', Dt) or None. last_layer_only: nobody asks for more than the last predictions.
+            memory: [F1, F2, F3], each (B, C, h, w).
+            mask_features: M, (B, Cm, H/4, W/4).
+            text: text embeddings for the classifier, (K, Dt) or (B, K', Dt) per image; None if it uses no text.
+            semantic: the semantic queries, or None for a decoder without them.
+            last_layer_only: return only the predictions of the last layer and skip the others.
         Returns:
-            list of QueryPredictions: of the initial queries, then of every layer; with last_layer_only, the last one.
+            list of QueryPredictions, for the initial queries and then after every layer.
         """
         tokens, positions, small_masks = self._tokens(memory, mask_features)
         queries = self.query_feat.weight.expand(len(mask_features), -1, -1)  # (N, C) -> (B, N, C)
@@ -235,25 +267,38 @@ class QueryDecoder(nn.Module):
             queries = self.transformer_self_attention_layers[i](queries, position, bias)
             queries = self.transformer_ffn_layers[i](queries)
             if semantic is not None:
-                split = queries.shape[1] - self.num_queries
-                queries = torch.cat(self.exchanges[i](queries[:, :split], queries[:, split:], bias[..., :split]), 1)
+                num_semantic = queries.shape[1] - self.num_queries  # E*K'
+                semantic_set, instance_set = queries[:, :num_semantic], queries[:, num_semantic:]
+                queries = torch.cat(self.exchanges[i](semantic_set, instance_set, bias[..., :num_semantic]), 1)
         normed = self.decoder_norm(queries)
         return [*predictions, self._predict(normed, self.mask_embed(normed), text, semantic)]
 
     def _join(self, semantic, queries, position):
-        """Both sets in one row: queries and positions (B, E*K'+N, C), and what self-attention adds for each key
-        (B, 1, E*K'+N): the log relevance of a semantic query's class, 0 for an instance query."""
-        own_set, other_set = self.set_embed.weight
+        """Concatenate the two sets of queries, semantic queries first.
+
+        Args:
+            semantic: SemanticQueries.
+            queries: (B, N, C), the instance queries.
+            position: (N, C), their position embeddings.
+        Returns:
+            queries (B, E*K'+N, C), positions (B, E*K'+N, C), and the bias of self-attention for each key
+            (B, 1, E*K'+N): the log relevance of a semantic query's class, 0 for an instance query.
+        """
+        semantic_embed, instance_embed = self.set_embed.weight
         queries = torch.cat((semantic.queries.flatten(1, 2), queries), dim=1)
         position = torch.cat(
-            (semantic.position.flatten(1, 2) + own_set, (position + other_set).expand(len(queries), -1, -1)), dim=1
+            (
+                semantic.position.flatten(1, 2) + semantic_embed,
+                (position + instance_embed).expand(len(queries), -1, -1),
+            ),
+            dim=1,
         )
-        scales = semantic.queries.shape[1]
-        bias = F.pad(semantic.log_relevance.repeat(1, scales), (0, self.num_queries))
+        num_scales = semantic.queries.shape[1]
+        bias = F.pad(semantic.log_relevance.repeat(1, num_scales), (0, self.num_queries))  # (B, E*K'+N)
         return queries, position, bias[:, None]
 
     def _tokens(self, memory, mask_features):
-        """Per level: tokens (B, h*w, C), positions (h*w, C), and M at the level's size (B, Cm, h, w)."""
+        """Per level: tokens (B, h*w, C), positions (h*w, C), and M resized to the level (B, Cm, h, w)."""
         tokens, positions, small_masks = [], [], []
         for level, (x, project) in enumerate(zip(memory, self.input_proj)):
             size = x.shape[-2:]
@@ -265,28 +310,33 @@ class QueryDecoder(nn.Module):
 
     @torch.no_grad()
     def _attention_mask(self, embed, mask_features, semantic=None):
-        """Where each query may look: visible its own mask, (B, Q, Cm) and (B, Cm, h, w) -> (B, Q, h*w) bool.
+        """Positions that each query may attend to: embed (B, Q, Cm), mask_features (B, Cm, h, w) -> (B, Q, h*w) bool.
 
-        Resampling is linear, so masks are made at the size at which they are needed. In the first layer the pixel-text
-        similarity (`semantic`) decides where a class may be, at all its E scales. A query with an empty mask attends
-        everywhere.
+        A query attends inside its predicted mask, or everywhere if that mask is empty. Mask2Former computes the masks
+        at full size and then resizes them. Resizing is linear, so masks computed from resized mask features are the
+        same and cost less. With `semantic` (in the first layer), a semantic query at any of the E scales attends where
+        the pixel-text similarity of its class is not negative.
         """
         visible = embed @ mask_features.flatten(2) >= 0
         if semantic is not None and semantic.similarity is not None:
             similarity = F.interpolate(
                 semantic.similarity, size=mask_features.shape[2:], mode="bilinear", align_corners=False
             )
-            first = (similarity >= 0).flatten(2).repeat(1, semantic.queries.shape[1], 1)  # (B, E*K', h*w)
-            visible = torch.cat((first, visible[:, first.shape[1] :]), dim=1)
+            num_scales = semantic.queries.shape[1]
+            likely = (similarity >= 0).flatten(2).repeat(1, num_scales, 1)  # (B, K', h, w) -> (B, E*K', h*w)
+            visible = torch.cat((likely, visible[:, likely.shape[1] :]), dim=1)
         return visible | ~visible.any(dim=2, keepdim=True)
 
     def _predict(self, queries, embed, text, semantic):
-        """Predictions of normalized queries (B, Q, C) with mask embeddings (B, Q, Cm)."""
+        """Predictions from normalized queries (B, Q, C) and their mask embeddings (B, Q, Cm)."""
         if semantic is None:
             return QueryPredictions(self.class_embed(queries, text), embed)
         grid = semantic.queries.shape[1:3]  # E, K'
-        split = queries.shape[1] - self.num_queries
-        presence = self.presence_embed(queries[:, :split])[..., 0].unflatten(1, grid)
+        num_semantic = queries.shape[1] - self.num_queries  # E*K'
+        presence_logits = self.presence_embed(queries[:, :num_semantic])[..., 0].unflatten(1, grid)  # (B, E, K')
         return QueryPredictions(
-            self.class_embed(queries[:, split:], text), embed[:, split:], presence, embed[:, :split].unflatten(1, grid)
+            class_logits=self.class_embed(queries[:, num_semantic:], text),
+            mask_embed=embed[:, num_semantic:],
+            presence_logits=presence_logits,
+            semantic_mask_embed=embed[:, :num_semantic].unflatten(1, grid),
         )

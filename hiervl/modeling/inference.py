@@ -132,35 +132,38 @@ class InferenceProtocol:
             parts.append("scales " + " ".join(f"{scale:g}" for scale in self.scales))
         return ", ".join(parts + ["mirrored too"] * self.flip)
 
-    def predict_image(self, image, size, predict) -> dict:
-        """
+    def predict_images(self, images, size, predict) -> list:
+        """Class probabilities of B images of one size.
+
         Args:
-            image: (1, 3, H, W). size: (height, width) of the result. predict: images (1, 3, h, w) -> Probabilities.
+            images: (B, 3, H, W). size: (height, width) of the results.
+            predict: function, images (B, 3, h, w) -> Probabilities.
         Returns:
-            {"sem_seg": (K, *size)}; with selected_only (K', *size) and "classes" (K',), which they are.
+            for each image {"sem_seg": (K, *size)}; with selected_only (K', *size) and "classes" (K',), their indices.
         """
         if self.selected_only:
-            prediction = predict(self._scaled(image, self.scales[0]))
-            return {"sem_seg": resize_maps(prediction.values, size)[0], "classes": prediction.index[0]}
+            prediction = predict(self._scaled(images, self.scales[0]))
+            maps = resize_maps(prediction.values, size)
+            return [{"sem_seg": maps[b], "classes": prediction.index[b]} for b in range(len(maps))]
         total, views = 0, 0
         for scale in self.scales:
-            scaled = self._scaled(image, scale)
+            scaled = self._scaled(images, scale)
             for mirrored in (False, True)[: 1 + self.flip]:
                 dense = self._dense(scaled.flip(3) if mirrored else scaled, predict)
                 total = total + resize_maps(dense.flip(3) if mirrored else dense, size)
                 views += 1
-        return {"sem_seg": total[0] / views}
+        return [{"sem_seg": maps} for maps in total / views]
 
-    def _dense(self, image, predict):
-        """(1, K, H, W) of one view."""
+    def _dense(self, images, predict):
+        """(B, K, H, W) of one view."""
         if self.mode == "whole":
-            return predict(image).dense()
-        return sliding_window(image, lambda part: predict(part).dense(), self.window, self.stride)
+            return predict(images).dense()
+        return sliding_window(images, lambda part: predict(part).dense(), self.window, self.stride)
 
     @staticmethod
-    def _scaled(image, scale):
-        size = [max(1, round(edge * scale)) for edge in image.shape[2:]]
-        return resize_maps(image, size, antialias=scale < 1)
+    def _scaled(images, scale):
+        size = [max(1, round(edge * scale)) for edge in images.shape[2:]]
+        return resize_maps(images, size, antialias=scale < 1)
 
 
 def upsample_to_image(maps: torch.Tensor, size) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Layers that several modules share."""
+"""Layers shared by several modules."""
 
 import math
 
@@ -16,22 +16,27 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
 
     def forward(self, x):
+        """(..., in_dim) -> (..., out_dim)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class Attention(nn.MultiheadAttention):
-    """torch's multi-head attention, with a mask that all heads share instead of one copy per head."""
+    """`nn.MultiheadAttention` with one attention mask shared by all heads, instead of a copy per head."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim, num_heads, batch_first=True)
 
     def forward(self, query, key, value, mask=None):
-        """query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
-
-        mask: (B, Q, S), or (B, 1, S) for all queries alike; bool: True where a query looks; float: added to the
-        attention's logits; None: everything is seen.
+        """
+        Args:
+            query: (B, Q, C).
+            key, value: (B, S, C).
+            mask: (B, Q, S), or (B, 1, S) to use the same mask for every query. Boolean: True where a query may attend.
+                Float: added to the attention logits. None: every query attends everywhere.
+        Returns:
+            (B, Q, C).
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         # (B, X, C) -> (B, heads, X, C/heads)
@@ -46,7 +51,7 @@ class Attention(nn.MultiheadAttention):
 
 
 class Temperature(nn.Module):
-    """A learnable positive scalar between two bounds."""
+    """A learnable positive scalar, stored as its logarithm and clamped to [low, high]."""
 
     def __init__(self, start: float, low: float, high: float):
         super().__init__()
@@ -57,14 +62,14 @@ class Temperature(nn.Module):
         return self.log.exp().clamp(self.low, self.high)
 
 
-def downsample_mask(inside: torch.Tensor, size) -> torch.Tensor:
-    """(B, H, W) bool -> (B, h, w) bool: a cell is inside if any of its pixels is."""
-    return F.adaptive_max_pool2d(inside.float(), size) > 0
+def downsample_mask(valid_mask: torch.Tensor, size) -> torch.Tensor:
+    """(B, H, W) bool -> (B, h, w) bool: a cell is valid if at least one of its pixels is."""
+    return F.adaptive_max_pool2d(valid_mask.float(), size) > 0
 
 
 def l2_normalize(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (B, C, h, w) with every position's channels scaled to unit length; a zero vector stays zero.
+    """Scale the channel vector at every position of (B, C, h, w) to unit length; zero vectors stay zero.
 
-    F.normalize over the channels of a map is nine times slower on a CPU.
+    Used instead of F.normalize, which is nine times slower over the channels of a feature map on a CPU.
     """
     return maps * maps.square().sum(1, keepdim=True).clamp(min=1e-12).rsqrt()

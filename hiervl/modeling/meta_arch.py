@@ -351,12 +351,18 @@ class HierVL(nn.Module):
         )
 
     @torch.no_grad()
-    def inference(self, batched_inputs):
-        results = []
-        for x in batched_inputs:
-            image = x["image"][None].to(self.device, torch.float32)
-            size = (x.get("height", image.shape[2]), x.get("width", image.shape[3]))
-            results.append(self.protocol.predict_image(image, size, self.predict))
+    def inference(self, batched_inputs) -> list:
+        """Images of one size, with results of one size, go through the network together."""
+        groups = {}
+        for i, x in enumerate(batched_inputs):
+            height, width = x["image"].shape[1:]
+            size = (x.get("height", height), x.get("width", width))
+            groups.setdefault((height, width, size), []).append(i)
+        results = [None] * len(batched_inputs)
+        for (*_, size), indices in groups.items():
+            images = self._stack([batched_inputs[i] for i in indices], "image").float()
+            for i, result in zip(indices, self.protocol.predict_images(images, size, self.predict)):
+                results[i] = result
         return results
 
     def valid_mask(self, shape, valid=None):

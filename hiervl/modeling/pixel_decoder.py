@@ -1,8 +1,9 @@
 """Pixel decoder: multi-scale deformable attention over res3..res5, then one FPN step to stride 4.
 
-Mask2Former (arXiv 2112.01527, section 3.2.2), with the same state-dict names. Inputs: the backbone's
-res2..res5. Outputs: memory F1, F2, F3 at strides 32, 16, 8, each (B, conv_dim, h, w), and mask features M
-(B, mask_dim, H/4, W/4).
+Follows Mask2Former (arXiv 2112.01527, section 3.2.2) and uses the same state-dict names.
+
+Input: the backbone's res2..res5. Output: the memory F1, F2, F3 at strides 32, 16, 8, each (B, conv_dim, h, w), and the
+mask features M (B, mask_dim, H/4, W/4).
 """
 
 import torch
@@ -19,8 +20,11 @@ _LEVELS = ("res5", "res4", "res3")  # coarse to fine, the order in which the dec
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, normalized after each; with `text_dim`, pixels also look
-    at the names of the kept classes, through a gate that starts near zero."""
+    """Deformable self-attention and a feed-forward network, each followed by layer normalization.
+
+    With `text_dim` > 0, pixels also cross-attend to the names of the selected classes. The result is added through a
+    per-channel gate that starts near zero, so that training starts close to the pixel decoder without text.
+    """
 
     def __init__(
         self, dim: int, feedforward_dim: int, num_levels: int, num_heads: int, num_points: int, text_dim: int = 0
@@ -36,24 +40,36 @@ class EncoderLayer(nn.Module):
             self.text_gate = nn.Parameter(torch.full((dim,), 0.01))
 
     def forward(self, x, position, reference, shapes, starts, text=None):
-        """x, position (B, S, C); reference (1, S, L, 2) in [0, 1]; text (B, K', Dt) or None; returns (B, S, C)."""
+        """
+        Args:
+            x: (B, S, C), the tokens of all levels.
+            position: (1, S, C), position embeddings.
+            reference: (1, S, L, 2), reference points (x, y) in [0, 1] for each of the L levels.
+            shapes: (height, width) of each level.
+            starts: index of each level's first token.
+            text: (B, K', Dt), text embeddings of the selected classes, or None.
+        Returns:
+            (B, S, C).
+        """
         x = self.norm1(x + self.self_attn(x + position, reference, x, shapes, starts))
         if text is not None:
             names = self.text_proj(text)
             x = x + self.text_gate * self.text_attn(x, names, names)
         hidden = self.linear1(x)
-        # In place saves a pass at inference; of a view, which this is, its gradient would cost five.
+        # In place saves a pass over memory at inference. In training it would cost five, as `hidden` is a view.
         return self.norm2(x + self.linear2(F.relu(hidden, inplace=not hidden.requires_grad)))
 
 
 class Encoder(nn.Module):
-    def __init__(self, num_layers: int, *layer):
+    """A stack of encoder layers; a module of its own only to match Mask2Former's state-dict names."""
+
+    def __init__(self, num_layers: int, *layer_args):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
+        self.layers = nn.ModuleList(EncoderLayer(*layer_args) for _ in range(num_layers))
 
 
 class Transformer(nn.Module):
-    """The encoder and the embedding that tells its levels apart (named as in Mask2Former's checkpoints)."""
+    """The encoder and its level embeddings, named as in Mask2Former's checkpoints."""
 
     def __init__(self, num_layers: int, dim: int, feedforward_dim: int, num_heads: int, num_points: int, text_dim: int):
         super().__init__()
@@ -66,7 +82,13 @@ class Transformer(nn.Module):
             layer.self_attn.reset_parameters()
 
     def forward(self, levels, text=None):
-        """levels: list of (B, C, h, w), coarse to fine; text (B, K', Dt) or None. Returns the same list, attended."""
+        """
+        Args:
+            levels: list of (B, C, h, w), coarse to fine.
+            text: (B, K', Dt), text embeddings of the selected classes, or None.
+        Returns:
+            list of (B, C, h, w), the encoded levels in the same order.
+        """
         shapes = [(x.shape[2], x.shape[3]) for x in levels]
         sizes = [h * w for h, w in shapes]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -80,12 +102,13 @@ class Transformer(nn.Module):
         reference = _reference_points(shapes, x.device)
         for layer in self.encoder.layers:
             x = layer(x, position, reference, shapes, starts, text)
-        # (B, S, C) -> per level (B, C, h, w), channels last also for one image: no copy before the convolutions
+        # (B, S, C) -> (B, C, h, w) per level. The result is already channels-last in memory, even for a single image,
+        # so the convolutions that follow need no copy.
         return [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(x.split(sizes, dim=1), shapes)]
 
 
 class PixelDecoder(nn.Module):
-    """See the module's docstring."""
+    """Multi-scale deformable attention pixel decoder; see the module docstring."""
 
     @configurable
     def __init__(
@@ -103,9 +126,10 @@ class PixelDecoder(nn.Module):
         """
         Args:
             input_shape: the backbone's `output_shape()`.
-            conv_dim: width of the memory. mask_dim: width of the mask features.
-            num_layers, num_heads, num_points, feedforward_dim: of the deformable encoder.
-            text_dim: width of the names that its layers look at; 0: they do not.
+            conv_dim: channels of the memory F1..F3.
+            mask_dim: channels of the mask features M.
+            num_layers, num_heads, num_points, feedforward_dim: settings of the deformable encoder.
+            text_dim: width of the text embeddings that the encoder layers attend to; 0 for an encoder without text.
         """
         super().__init__()
         self.input_proj = nn.ModuleList(
@@ -141,7 +165,13 @@ class PixelDecoder(nn.Module):
         }
 
     def forward(self, features, text=None):
-        """dict res2..res5, names of the kept classes (B, K', Dt) -> (memory: [F1, F2, F3], mask features)."""
+        """
+        Args:
+            features: dict of res2..res5, each (B, C, h, w).
+            text: (B, K', Dt), text embeddings of the selected classes; ignored unless the decoder is text-aware.
+        Returns:
+            (memory [F1, F2, F3], each (B, conv_dim, h, w); mask features M (B, mask_dim, H/4, W/4)).
+        """
         memory = self.transformer(
             [project(features[name]) for project, name in zip(self.input_proj, _LEVELS)],
             text if self.text_aware else None,
@@ -152,7 +182,7 @@ class PixelDecoder(nn.Module):
 
 
 def _reference_points(shapes, device):
-    """Every token's own center, seen from every level: (1, S, L, 2) as (x, y) in [0, 1]."""
+    """Center of every token as (x, y) in [0, 1], repeated for each of the L levels: (1, S, L, 2)."""
     points = []
     for h, w in shapes:
         y = (torch.arange(h, device=device) + 0.5) / h

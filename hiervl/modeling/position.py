@@ -1,4 +1,4 @@
-"""Sine position embedding over an image grid (DETR; Mask2Former's settings: normalized, scale 2*pi)."""
+"""Sine position embedding over an image grid (DETR), normalized and scaled to 2*pi as in Mask2Former."""
 
 import functools
 import math
@@ -9,22 +9,24 @@ _TEMPERATURE = 10000.0
 
 
 def sine_position(height: int, width: int, dim: int, device=None) -> torch.Tensor:
-    """Return (dim, height, width): the first half of the channels encodes y, the second x.
+    """Return (dim, height, width): the first half of the channels encodes y, the second half x.
 
-    The result is kept for the next image of the same size: do not write into it.
+    The result is cached for the next image of the same size, so callers must not modify it in place.
     """
-    # A compiler traces the computation; it could not look into the cache.
-    return (_sine_position if torch.compiler.is_compiling() else _cached)(height, width, dim, device)
+    # torch.compile has to trace the computation itself; it cannot trace through the cache.
+    if torch.compiler.is_compiling():
+        return _sine_position(height, width, dim, device)
+    return _cached_sine_position(height, width, dim, device)
 
 
 def _sine_position(height, width, dim, device):
     half = dim // 2
-    # A tensor of inference mode in the cache could not be used by a later training step.
+    # A tensor created in inference mode cannot take part in autograd, so a cached one would break later training.
     with torch.inference_mode(False):
         scale = _TEMPERATURE ** (2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half)
 
         def encode(length):
-            # Coordinates 1..length are scaled to (0, 2*pi].
+            # (length,) -> (length, half); coordinates 1..length are scaled to (0, 2*pi].
             position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
             angle = (position / (length + 1e-6) * 2 * math.pi)[:, None] / scale  # (length, half)
             return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
@@ -34,4 +36,4 @@ def _sine_position(height, width, dim, device):
         return torch.cat((y, x), dim=2).permute(2, 0, 1)
 
 
-_cached = functools.lru_cache(maxsize=8)(_sine_position)  # the levels of two image sizes
+_cached_sine_position = functools.lru_cache(maxsize=8)(_sine_position)  # enough for the levels of two image sizes

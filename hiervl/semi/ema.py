@@ -7,12 +7,12 @@ from detectron2.engine import HookBase
 
 
 def decay_at(step: int, horizon: float) -> float:
-    """EMA decay after `step` updates: 1 - 1/horizon, less at first so that old weights do not linger."""
+    """EMA decay after `step` updates: 1 - 1/horizon, and smaller at first so that initial weights fade quickly."""
     return min(1 - 1 / (step + 1), 1 - 1 / horizon)
 
 
 class EMATeacher:
-    """Holds the teacher network, in eval mode, its parameters outside every graph.
+    """The teacher network, in eval mode, with parameters that need no gradient.
 
     Args:
         student: the network (not its distributed wrapper).
@@ -27,8 +27,8 @@ class EMATeacher:
     @torch.no_grad()
     def reset(self, student):
         """teacher := student."""
-        own, new = self.model.state_dict(), student.state_dict()
-        torch._foreach_copy_(list(own.values()), [new[name] for name in own])
+        teacher, new = self.model.state_dict(), student.state_dict()
+        torch._foreach_copy_(list(teacher.values()), [new[name] for name in teacher])
         self.updates = 0
 
     @torch.no_grad()
@@ -36,16 +36,19 @@ class EMATeacher:
         """Move every floating-point tensor toward the student's; copy the others (counters)."""
         self.updates += 1
         weight = 1 - decay_at(self.updates, self.horizon)
-        own, new = self.model.state_dict(), student.state_dict()
-        floating = [name for name, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in floating], [new[name] for name in floating], weight)
-        for name in own.keys() - set(floating):
-            own[name].copy_(new[name])
+        teacher, new = self.model.state_dict(), student.state_dict()
+        floating = [name for name, value in teacher.items() if value.is_floating_point()]
+        torch._foreach_lerp_([teacher[name] for name in floating], [new[name] for name in floating], weight)
+        for name in teacher.keys() - set(floating):
+            teacher[name].copy_(new[name])
 
 
 class EMAHook(HookBase):
-    """Updates `trainer.teacher` after every step; during burn-in the teacher is the student, at every step, so that
-    evaluations and checkpoints of that time hold no untrained network."""
+    """Updates `trainer.teacher` after every step.
+
+    During burn-in the teacher is a copy of the student, so that evaluations and checkpoints never hold an untrained
+    network.
+    """
 
     def __init__(self, burn_in: int):
         self.burn_in = burn_in

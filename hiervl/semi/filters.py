@@ -1,10 +1,10 @@
-"""Filters decide how far each pseudo-label is believed.
+"""Filters weigh pseudo-labels by how much each can be trusted.
 
 A filter is a function (pseudo, weight, state, **options) -> factor in [0, 1] per pixel; the chain multiplies the
 factors, so that a filter can only lower weights. `state` is a dict that the filter may keep between iterations
 (saved in the checkpoint; per-class entries are keyed by class name). To add one: write the function, decorate it,
-add its options under SEMI.FILTER.<NAME>, name it in SEMI.FILTERS; if it reads a language module's output, enter it in
-config/validate.py's FILTER_NEEDS.
+add its options under SEMI.FILTER.<NAME>, and name it in SEMI.FILTERS. If it reads a language module's output, add it
+to FILTER_NEEDS in config/validate.py.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from ..utils.label_maps import connected_components, near_boundary
 
 @dataclass
 class PseudoLabels:
-    """The teacher's view of B images.
+    """The EMA teacher's labels of B images, and what filters may judge them by.
 
     Attributes:
         probabilities: (B, K, H, W). labels: (B, H, W) int64, their argmax. confidence: (B, H, W), their max.
         valid: (B, H, W) bool, False on padding. class_names: K names.
-        considered: (B, K) bool, classes that the teacher kept; None: all.
+        considered: (B, K) bool, classes that HSQG selected in the teacher; None: all.
         relevance: (B, K) in [0, 1] and pixel_text: (B, K, h, w), the pixel-text similarity at a quarter of the size (-1
-            for a class that was not kept); None from a teacher without language modules.
+            for a class that was not selected); None for a teacher without language modules.
     """
 
     probabilities: torch.Tensor

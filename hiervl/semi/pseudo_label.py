@@ -1,5 +1,7 @@
-"""Pseudo-labels: the teacher reads the weak views, the filters weigh what it says, and the student's unlabeled
-batch is made of it (strong views after CutMix, and the weak view under feature dropout)."""
+"""Pseudo-labels: the EMA teacher labels the weak views, filters weigh its labels, and the student gets training inputs.
+
+The student's inputs are the strong views after CutMix, and the weak view with feature dropout.
+"""
 
 import torch
 from detectron2.engine import HookBase
@@ -7,11 +9,14 @@ from detectron2.engine import HookBase
 from .filters import FilterChain, PseudoLabels
 
 
-def paste(box, own, other):
-    """CutMix (arXiv 1906.01916): `own` (..., H, W) with the box (top, left, bottom, right) of `other` pasted in."""
+def paste(box, target, source):
+    """CutMix (arXiv 1906.01916): a copy of `target` (..., H, W) with a box of `source` pasted in.
+
+    box: (top, left, bottom, right), pixels, ends exclusive.
+    """
     top, left, bottom, right = box
-    mixed = own.clone()
-    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    mixed = target.clone()
+    mixed[..., top:bottom, left:right] = source[..., top:bottom, left:right]
     return mixed
 
 
@@ -21,14 +26,14 @@ class PseudoLabelHook(HookBase):
     Args:
         filters: the chain. burn_in: iteration at which the teacher starts to teach.
         feature_dropout: channel dropout of the extra stream on the weak view; 0 for no such stream.
-        absent_below: a class is known to be absent from an image if its probability is below this everywhere.
+        absence_threshold: a class is known to be absent from an image if its probability is below it everywhere.
     """
 
-    def __init__(self, filters: FilterChain, *, burn_in: int, feature_dropout: float, absent_below: float):
+    def __init__(self, filters: FilterChain, *, burn_in: int, feature_dropout: float, absence_threshold: float):
         self.filters = filters
         self.burn_in = burn_in
         self.feature_dropout = feature_dropout
-        self.absent_below = absent_below
+        self.absence_threshold = absence_threshold
 
     @classmethod
     def from_config(cls, cfg):
@@ -36,7 +41,7 @@ class PseudoLabelHook(HookBase):
             FilterChain.from_config(cfg),
             burn_in=cfg.SEMI.BURN_IN,
             feature_dropout=cfg.SEMI.FEATURE_DROPOUT,
-            absent_below=cfg.SEMI.ABSENCE_THRESHOLD,
+            absence_threshold=cfg.SEMI.ABSENCE_THRESHOLD,
         )
 
     def before_step(self):
@@ -54,7 +59,7 @@ class PseudoLabelHook(HookBase):
 
     @torch.no_grad()
     def predict_pseudo_labels(self, unlabeled) -> PseudoLabels:
-        """The teacher's probabilities on the weak views."""
+        """The teacher's pseudo-labels of the weak views, with everything that filters may read."""
         teacher = self.trainer.teacher.model
         images = torch.stack([x["image"] for x in unlabeled]).to(teacher.device).float()
         valid = torch.stack([x["valid"] for x in unlabeled]).to(teacher.device)
@@ -76,7 +81,7 @@ class PseudoLabelHook(HookBase):
         )
 
     def student_inputs(self, unlabeled, pseudo, weight):
-        """One input per stream and sample (images that are there only as CutMix partners excepted)."""
+        """Training inputs: one per stream and sample, except for samples that serve only as CutMix partners."""
         not_excluded = self.not_excluded(pseudo)
         label = [
             {
@@ -112,32 +117,35 @@ class PseudoLabelHook(HookBase):
         return inputs
 
     def not_excluded(self, pseudo) -> torch.Tensor:
-        """(B, K) bool: classes that the teacher does not exclude. One that it did not even look at (its relevance was
-        not among the highest) is not excluded."""
+        """(B, K) bool, classes that may be in the image.
+
+        The teacher excludes a class if its probability is below the threshold everywhere. A class that HSQG did not
+        select has no probabilities, and is therefore not excluded.
+        """
         highest = pseudo.probabilities.masked_fill(~pseudo.valid[:, None], 0).flatten(2).amax(2)
-        not_excluded = highest >= self.absent_below
+        not_excluded = highest >= self.absence_threshold
         return not_excluded if pseudo.considered is None else not_excluded | ~pseudo.considered
 
     @staticmethod
     def _teacher_targets(pseudo, i, j=None, box=None):
-        """What the student's view i (with a box of j pasted in) is compared with; see regularizers.LossContext."""
+        """The teacher's view for input i, with a box of input j pasted in; see losses.regularizers.LossContext."""
         if pseudo.pixel_text is None:
             return {}
-        own = {"pixel_text": pseudo.pixel_text[i], "valid": pseudo.valid[i]}
+        view = {"pixel_text": pseudo.pixel_text[i], "valid": pseudo.valid[i]}
         if box is not None:
-            quarter = [round(edge / 4) for edge in box]  # pixel-text scores have stride 4
-            own = {
-                "pixel_text": paste(quarter, own["pixel_text"], pseudo.pixel_text[j]),
-                "valid": paste(box, own["valid"], pseudo.valid[j]),
+            quarter = [round(edge / 4) for edge in box]  # the pixel-text similarity has stride 4
+            view = {
+                "pixel_text": paste(quarter, view["pixel_text"], pseudo.pixel_text[j]),
+                "valid": paste(box, view["valid"], pseudo.valid[j]),
             }
         return {
-            "teacher": own
+            "teacher": view
             | {"relevance": pseudo.relevance[i], "mixed": torch.tensor(box is not None, device=pseudo.valid.device)}
         }
 
     @torch.no_grad()
     def _log(self, unlabeled, pseudo, weight, kept):
-        """Kept shares per filter and class, and where masks are there to measure with, accuracy."""
+        """Log kept shares per filter and class, and the accuracy of pseudo-labels where true masks are available."""
         trainer = self.trainer
         if not trainer.should_log():
             return
@@ -149,9 +157,9 @@ class PseudoLabelHook(HookBase):
         if measured:
             truth = torch.stack([unlabeled[i]["true_sem_seg"] for i in measured]).to(weight.device)
             known = (truth < len(pseudo.class_names)) & pseudo.valid[measured]
-            right = (pseudo.labels[measured] == truth) & known
-            trainer.log["pseudo_accuracy/all"] = right.sum() / known.sum().clamp(min=1)
-            trainer.log["pseudo_accuracy/kept"] = (right * weight[measured]).sum() / (
+            correct = (pseudo.labels[measured] == truth) & known
+            trainer.log["pseudo_accuracy/all"] = correct.sum() / known.sum().clamp(min=1)
+            trainer.log["pseudo_accuracy/kept"] = (correct * weight[measured]).sum() / (
                 known * weight[measured]
             ).sum().clamp(min=1e-6)
 
@@ -163,7 +171,7 @@ class PseudoLabelHook(HookBase):
 
 
 def _input(image, label):
-    """A training input whose losses count by its kept share of the non-padding pixels."""
+    """A training input whose losses are weighted by its kept share of the pixels that are not padding."""
     share = label["weight"].sum() / label["valid"].sum().clamp(min=1)
     return {
         "image": image,

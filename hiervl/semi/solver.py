@@ -7,7 +7,7 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-# Bare parameters that say where something is or what kind it is, by the ends of their names.
+# Suffixes of bare parameters that are position or type embeddings.
 _POSITIONS = (
     "level_embed",
     "pos_embed",
@@ -21,11 +21,14 @@ _POSITIONS = (
 
 
 def build_optimizer(cfg, model) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares embeddings and vectors, norms have SOLVER.WEIGHT_DECAY_NORM, and the backbone learns
-    at SOLVER.BACKBONE_MULTIPLIER."""
+    """AdamW with parameter groups.
+
+    Embeddings and vectors have no weight decay, norms have SOLVER.WEIGHT_DECAY_NORM, and the learning rate of the
+    pretrained backbone is multiplied by SOLVER.BACKBONE_MULTIPLIER.
+    """
     solver = cfg.SOLVER
 
-    def factor(name):  # a ViT's feature pyramid has no pretrained weights to be careful with
+    def factor(name):  # a ViT's feature pyramid is not pretrained
         pretrained = name.startswith("backbone.") and not name.startswith("backbone.pyramid.")
         return solver.BACKBONE_MULTIPLIER if pretrained else 1.0
 
@@ -41,8 +44,10 @@ def build_optimizer(cfg, model) -> torch.optim.Optimizer:
 
 
 def _spare_embeddings(model, groups):
-    """Move embeddings, biases, gates and scalars to groups of their own: they are positions, not filters, and do not
-    decay (Mask2Former). Linear layers do, also those called class_embed or mask_embed."""
+    """Move embeddings, biases, gates, and scalars to groups without weight decay, as Mask2Former does.
+
+    Linear layers keep it, including those called class_embed and mask_embed.
+    """
     spared = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     spared |= {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(_POSITIONS)}
     spared -= {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}

@@ -1,4 +1,4 @@
-"""The training loop: labeled and pseudo-labeled images through one student, an EMA teacher beside it.
+"""The training loop: one student for labeled and pseudo-labeled images, and its EMA teacher.
 
 One iteration: fetch the batch → PseudoLabelHook (teacher, filters, CutMix) → losses, gradients, step → EMAHook.
 Data, point sampling and dropout depend on (seed, iteration, rank) alone, so that a resumed run continues exactly.
@@ -54,7 +54,7 @@ class SemiSupervisedTrainer(TrainerBase):
         )
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
         self.teacher = EMATeacher(self.student, horizon)
-        self.teacher.model.regularizers = None  # a teacher has no losses, and needs no copy of the initial backbone
+        self.teacher.model.regularizers = None  # it has no losses, so it needs no copy of the initial backbone
         self.optimizer = build_optimizer(cfg, self.student)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -73,7 +73,7 @@ class SemiSupervisedTrainer(TrainerBase):
         self.register_hooks(self.build_hooks())
 
     def _initial_backbone(self) -> dict:
-        """What a resumed run compares its backbone with, if a regularizer does."""
+        """The frozen initial backbone as a checkpointable, if a regularizer uses it."""
         initial = self.student.regularizers.initial
         return {} if initial is None else {"initial_backbone": initial}
 
@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(TrainerBase):
         return (self.iter + 1) % self.cfg.SOLVER.LOG_PERIOD == 0 or self.iter + 1 == self.max_iter
 
     def _write_log(self):
-        """Scalars go to the host together, and only for the iterations that are written."""
+        """Move the scalars to the host together, and only in iterations that are logged."""
         if self.should_log():
             values = torch.stack([value.float() for value in self.log.values()]).tolist()
             log = dict(zip(self.log, values))
@@ -233,8 +233,8 @@ class SemiSupervisedTrainer(TrainerBase):
         self.log = {}
 
     def evaluate(self):
-        """Evaluate student and teacher; keep the checkpoint that is best on the first test set."""
-        done = min(self.iter + 1, self.max_iter)  # after the last iteration, `iter` has already moved on
+        """Evaluate student and teacher, and save the checkpoint that is best on the first test set."""
+        done = min(self.iter + 1, self.max_iter)  # after the last iteration, `iter` is already one further
         metrics, is_best = self.evaluation.run(done)
         if is_best and comm.is_main_process():
             self.checkpointer.save("model_best", iteration=done - 1)
@@ -243,8 +243,10 @@ class SemiSupervisedTrainer(TrainerBase):
 
 @torch.no_grad()
 def average_batch_statistics(network):
-    """Running statistics of trained batch norms become their mean over the ranks: each rank sees other images, and
-    what evaluates, teaches and is saved must be one network."""
+    """Replace the running statistics of trained batch norms by their mean over the ranks.
+
+    Each rank sees different images, but evaluation, teacher, and checkpoint must hold the same network on all ranks.
+    """
     if comm.get_world_size() == 1:
         return
     values = [value for norm in get_bn_modules(network) for value in (norm.running_mean, norm.running_var)]
@@ -273,7 +275,7 @@ def may_lack_gradients(cfg) -> bool:
 
 
 def _check_accumulation(cfg):
-    """Every micro-batch needs a labeled image. That IMS_PER_BATCH suits the processes is the loader's concern."""
+    """Check that every micro-batch gets a labeled image. (The loader checks IMS_PER_BATCH against the processes.)"""
     parts, per_batch, processes = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if not 1 <= parts <= max(per_batch // processes, 1):
         raise UserError(

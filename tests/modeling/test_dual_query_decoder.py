@@ -1,4 +1,4 @@
-"""DQTD: where queries look, what the sets tell each other, and what irrelevant classes may say."""
+"""DQTD: attention masks, the exchange between the two sets of queries, and the effect of relevance."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def decoder():
     ).eval()
 
 
-def inputs(relevance=None):
-    """memory, M, T of the kept classes, semantic queries."""
+def make_inputs(relevance=None):
+    """Memory, mask features M, text embeddings of the selected classes, semantic queries."""
     memory = [torch.randn(B, D, size, size) for size in (2, 4, 8)]
     queries = torch.randn(B, E, K, D)
     log_relevance = torch.zeros(B, K) if relevance is None else relevance.log()
@@ -39,61 +39,56 @@ def inputs(relevance=None):
 
 
 def test_predictions_of_both_sets_after_every_layer(decoder):
-    memory, features, text, semantic = inputs()
+    memory, features, text, semantic = make_inputs()
     layers = decoder(memory, features, text, semantic)
     assert len(layers) == 4
     for layer in layers:
         assert layer.class_logits.shape == (B, N, K + 1) and layer.presence_logits.shape == (B, E, K)
-        assert layer.mask_logits(features).shape == (B, N, 16, 16) and layer.semantic_mask_logits(features).shape == (
-            B,
-            E,
-            K,
-            16,
-            16,
-        )
+        assert layer.mask_logits(features).shape == (B, N, 16, 16)
+        assert layer.semantic_mask_logits(features).shape == (B, E, K, 16, 16)
     (last,) = decoder(memory, features, text, semantic, last_layer_only=True)
     torch.testing.assert_close(last.mask_embed, layers[-1].mask_embed)
     torch.testing.assert_close(last.semantic_mask_embed, layers[-1].semantic_mask_embed)
 
 
-def test_a_query_looks_inside_its_mask_and_everywhere_if_that_is_empty(decoder):
+def test_a_query_attends_inside_its_mask_or_everywhere_if_the_mask_is_empty(decoder):
     features = torch.ones(1, CM, 4, 4)
     features[..., :2] = -1
     embed = torch.stack((torch.ones(CM), -torch.ones(CM), torch.zeros(CM)))[None]
-    embed[0, 2, 0], features[0, 0] = -1, 1  # negative everywhere
+    embed[0, 2, 0], features[0, 0] = -1, 1  # this query's mask is negative everywhere
     visible = decoder._attention_mask(embed, features).view(1, 3, 4, 4)
     assert visible[0, 0, :, 2:].all() and not visible[0, 0, :, :2].any()
     assert visible[0, 1, :, :2].all() and not visible[0, 1, :, 2:].any()
     assert visible[0, 2].all()
 
 
-def test_semantic_queries_first_look_where_the_pixel_text_scores_are_positive(decoder):
-    _, _, _, semantic = inputs()
+def test_in_the_first_layer_semantic_queries_attend_where_the_similarity_is_positive(decoder):
+    _, _, _, semantic = make_inputs()
     semantic.similarity = torch.full((B, K, 4, 4), -1.0)
     semantic.similarity[:, 1, 0] = 1.0
     visible = decoder._attention_mask(torch.randn(B, E * K + N, CM), torch.randn(B, CM, 4, 4), semantic)
     visible = visible[:, : E * K].view(B, E, K, 4, 4)
     assert visible[:, :, 1, 0].all() and not visible[:, :, 1, 1:].any()
-    assert visible[:, :, [0, 2, 3]].all()  # nowhere positive: everywhere
+    assert visible[:, :, [0, 2, 3]].all()  # nowhere positive, so they attend everywhere
 
 
-def test_the_sets_tell_each_other_little_at_first(decoder):
+def test_the_exchange_between_the_sets_starts_small(decoder):
     exchange, semantic, instance = decoder.exchanges[0], torch.randn(B, E * K, D), torch.randn(B, N, D)
-    told = exchange(semantic, instance, torch.zeros(B, 1, E * K))
-    for before, after in zip((semantic, instance), told):
+    updated = exchange(semantic, instance, torch.zeros(B, 1, E * K))
+    for before, after in zip((semantic, instance), updated):
         assert 0 < (after - before).abs().mean() < 0.05 * before.abs().mean()
-    grads = torch.autograd.grad(told[1].sum(), [exchange.instance_gate])
+    grads = torch.autograd.grad(updated[1].sum(), [exchange.instance_gate])
     assert (grads[0] != 0).any()
 
 
-def test_a_class_of_no_relevance_says_nothing_to_instance_queries(decoder):
+def test_a_class_without_relevance_does_not_affect_instance_queries(decoder):
     relevance = torch.ones(B, K)
     relevance[:, 2] = 1e-30
-    memory, features, text, semantic = inputs(relevance)
-    other = SemanticQueries(semantic.queries.clone(), semantic.position.clone(), semantic.log_relevance, None)
+    memory, features, text, semantic = make_inputs(relevance)
+    changed = SemanticQueries(semantic.queries.clone(), semantic.position.clone(), semantic.log_relevance, None)
     semantic.similarity = None
-    other.queries[:, :, 2], other.position[:, :, 2] = torch.randn(B, E, D), torch.randn(B, E, D)
-    first, second = (decoder(memory, features, text, s)[-1] for s in (semantic, other))
+    changed.queries[:, :, 2], changed.position[:, :, 2] = torch.randn(B, E, D), torch.randn(B, E, D)
+    first, second = (decoder(memory, features, text, s)[-1] for s in (semantic, changed))
     torch.testing.assert_close(first.mask_embed, second.mask_embed)
     torch.testing.assert_close(first.class_logits, second.class_logits)
     assert not torch.allclose(first.semantic_mask_embed[:, :, 2], second.semantic_mask_embed[:, :, 2])

@@ -1,4 +1,4 @@
-"""CMSAM: cosines per class and scale, flows behind gates, and upsampling that keeps to edges."""
+"""CMSAM: alignment maps, gated feature exchange, and edge-preserving upsampling."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hiervl.modeling.spatial_alignment import SpatialAlignment, guided_upsample
 B, K, D, CM = 2, 3, 8, 4
 
 
-def make_kept(queries=None):
+def make_selected(queries=None):
     queries = torch.randn(B, 3, K, D) if queries is None else queries
     return SelectedClasses(
         torch.arange(K).expand(B, -1), torch.full((B, K), 0.5), torch.randn(B, K, 16), queries, None, None, None
@@ -21,59 +21,64 @@ def make_memory():
     return [torch.randn(B, D, side, side) for side in (2, 4, 8)]
 
 
-def test_maps_are_cosines_of_query_and_pixel():
-    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
-    aligned = module(kept, memory, torch.randn(B, CM, 16, 16))
+def test_maps_are_the_cosines_of_queries_and_pixels():
+    module, selected, memory = SpatialAlignment(dim=D, memory_dim=D), make_selected(), make_memory()
+    aligned = module(selected, memory, torch.randn(B, CM, 16, 16))
     for e, scale in enumerate(module.scales):
-        query = F.normalize(scale.query(kept.queries[:, e]), dim=-1)  # (B, K, D)
+        query = F.normalize(scale.query(selected.queries[:, e]), dim=-1)  # (B, K, D)
         pixel = F.normalize(scale.pixel(memory[e]), dim=1)
         torch.testing.assert_close(aligned.maps[e], torch.einsum("bkd,bdhw->bkhw", query, pixel))
     assert aligned.similarity.shape == (B, K, 16, 16) and aligned.similarity.abs().max() <= 1 + 1e-5
 
 
 def test_permuting_the_classes_permutes_everything():
-    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
+    module, selected, memory = SpatialAlignment(dim=D, memory_dim=D), make_selected(), make_memory()
     features, order = torch.randn(B, CM, 16, 16), torch.tensor([2, 0, 1])
-    first, second = module(kept, memory, features), module(make_kept(kept.queries[:, :, order]), memory, features)
+    first, second = (
+        module(selected, memory, features),
+        module(make_selected(selected.queries[:, :, order]), memory, features),
+    )
     torch.testing.assert_close(first.similarity[:, order], second.similarity)
     torch.testing.assert_close(first.queries[:, :, order], second.queries)
     for a, b in zip(first.memory, second.memory):
         torch.testing.assert_close(a, b)
 
 
-def test_without_flows_queries_and_memory_pass_through():
-    kept, memory = make_kept(), make_memory()
-    aligned = SpatialAlignment(dim=D, memory_dim=D, feature_exchange=False)(kept, memory, torch.randn(B, CM, 16, 16))
-    assert torch.equal(aligned.queries, kept.queries)
+def test_without_feature_exchange_queries_and_memory_are_unchanged():
+    selected, memory = make_selected(), make_memory()
+    aligned = SpatialAlignment(dim=D, memory_dim=D, feature_exchange=False)(
+        selected, memory, torch.randn(B, CM, 16, 16)
+    )
+    assert torch.equal(aligned.queries, selected.queries)
     assert all(torch.equal(a, b) for a, b in zip(aligned.memory, memory))
 
 
-def test_flows_start_small_and_carry_gradients_both_ways():
-    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
-    kept.queries.requires_grad_()
+def test_feature_exchange_starts_small_and_passes_gradients_both_ways():
+    module, selected, memory = SpatialAlignment(dim=D, memory_dim=D), make_selected(), make_memory()
+    selected.queries.requires_grad_()
     memory = [x.requires_grad_() for x in memory]
-    aligned = module(kept, memory, torch.randn(B, CM, 16, 16))
-    assert (aligned.queries - kept.queries).abs().mean() < 0.1 * kept.queries.abs().mean()
+    aligned = module(selected, memory, torch.randn(B, CM, 16, 16))
+    assert (aligned.queries - selected.queries).abs().mean() < 0.1 * selected.queries.abs().mean()
     for a, b in zip(aligned.memory, memory):
         assert 0 < (a - b).abs().mean() < 0.1 * b.abs().mean()
-    grads = torch.autograd.grad(sum(x.square().sum() for x in aligned.memory), [kept.queries], retain_graph=True)
-    assert (grads[0] != 0).any()  # names reach the pixels
+    grads = torch.autograd.grad(sum(x.square().sum() for x in aligned.memory), [selected.queries], retain_graph=True)
+    assert (grads[0] != 0).any()  # from the pixels to the names
     grads = torch.autograd.grad(aligned.queries.square().sum(), memory)
-    assert all((grad != 0).any() for grad in grads)  # pixels reach the names
+    assert all((grad != 0).any() for grad in grads)  # from the names to the pixels
 
 
-def test_queries_gather_nothing_from_padding():
-    module, kept, memory = SpatialAlignment(dim=D, memory_dim=D), make_kept(), make_memory()
-    inside = torch.ones(B, 16, 16, dtype=torch.bool)
-    inside[:, :, 8:] = False
+def test_queries_ignore_padding():
+    module, selected, memory = SpatialAlignment(dim=D, memory_dim=D), make_selected(), make_memory()
+    valid_mask = torch.ones(B, 16, 16, dtype=torch.bool)
+    valid_mask[:, :, 8:] = False
     features = torch.randn(B, CM, 16, 16)
     changed = [torch.cat((x[..., : x.shape[3] // 2], torch.randn_like(x[..., x.shape[3] // 2 :])), 3) for x in memory]
     torch.testing.assert_close(
-        module(kept, memory, features, inside).queries, module(kept, changed, features, inside).queries
+        module(selected, memory, features, valid_mask).queries, module(selected, changed, features, valid_mask).queries
     )
 
 
-def test_upsampling_with_an_even_guide_is_bilinear():
+def test_upsampling_with_a_uniform_guide_is_bilinear():
     maps = torch.randn(B, K, 5, 7)
     torch.testing.assert_close(
         guided_upsample(maps, torch.ones(B, CM, 10, 14)),
@@ -82,7 +87,7 @@ def test_upsampling_with_an_even_guide_is_bilinear():
 
 
 def brute_force(maps, guide, temperature=0.1):
-    """Position by position: four neighbors, bilinear weight times exp(cosine / temperature)."""
+    """Reference for guided_upsample: a loop over positions and their four nearest cells."""
     height, width = maps.shape[-2:]
     fine = F.normalize(guide, dim=1)
     coarse = F.normalize(F.avg_pool2d(fine, 2), dim=1)
@@ -105,33 +110,30 @@ def test_upsampling_equals_brute_force():
     torch.testing.assert_close(guided_upsample(maps, guide), brute_force(maps, guide))
 
 
-def test_upsampling_keeps_to_an_edge_where_bilinear_blurs_it():
-    """A class that fills the columns left of an edge inside a coarse cell's neighbor."""
+def test_guided_upsampling_keeps_an_edge_that_bilinear_upsampling_blurs():
     guide = torch.zeros(1, 2, 8, 8)
     guide[:, 0, :, :4], guide[:, 1, :, 4:] = 1, 1
     maps = torch.zeros(1, 1, 4, 4)
     maps[..., :2] = 1
-    truth = guide[:, :1]
-    guided = (guided_upsample(maps, guide) - truth).abs().max()
-    bilinear = (F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False) - truth).abs().max()
+    target = guide[:, :1]
+    guided = (guided_upsample(maps, guide) - target).abs().max()
+    bilinear = (F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False) - target).abs().max()
     assert guided < 0.01 < bilinear
 
 
 @pytest.mark.parametrize("guided_upsampling", [True, False])
-def test_guide_gets_no_gradient(guided_upsampling):
-    module, features = (
-        SpatialAlignment(dim=D, memory_dim=D, guided_upsampling=guided_upsampling),
-        torch.randn(B, CM, 16, 16),
-    )
-    module(make_kept(), make_memory(), features.requires_grad_()).similarity.sum().backward()
+def test_the_guide_gets_no_gradient(guided_upsampling):
+    module = SpatialAlignment(dim=D, memory_dim=D, guided_upsampling=guided_upsampling)
+    features = torch.randn(B, CM, 16, 16, requires_grad=True)
+    module(make_selected(), make_memory(), features).similarity.sum().backward()
     assert features.grad is None
 
 
-def test_of_several_texts_the_best_counts_at_each_pixel():
+def test_the_best_of_several_texts_counts_at_each_pixel():
     module, memory, features = SpatialAlignment(dim=D, memory_dim=D), make_memory(), torch.randn(B, CM, 16, 16)
-    first, second = make_kept(), make_kept()
-    both = make_kept(first.queries)
+    first, second = make_selected(), make_selected()
+    both = make_selected(first.queries)
     both.variants = torch.stack((first.queries, second.queries), dim=3)  # (B, E, K, 2, D)
-    maps = [module(kept, memory, features).maps for kept in (first, second, both)]
-    for one, other, best in zip(*maps):
-        torch.testing.assert_close(best, torch.maximum(one, other))
+    maps = [module(selected, memory, features).maps for selected in (first, second, both)]
+    for first_map, second_map, combined_map in zip(*maps):
+        torch.testing.assert_close(combined_map, torch.maximum(first_map, second_map))

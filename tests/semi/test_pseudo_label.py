@@ -33,7 +33,10 @@ class Teacher(torch.nn.Module):
 
 def make_hook(unlabeled, weight=1.0, feature_dropout=0.0, iteration=10):
     hook = PseudoLabelHook(
-        FilterChain([("confidence", {"threshold": 0.5})]), burn_in=5, feature_dropout=feature_dropout, absent_below=0.05
+        FilterChain([("confidence", {"threshold": 0.5})]),
+        burn_in=5,
+        feature_dropout=feature_dropout,
+        absence_threshold=0.05,
     )
     hook.trainer = SimpleNamespace(
         batch={"labeled": [], "unlabeled": unlabeled},

@@ -1,4 +1,4 @@
-"""An official Mask2Former checkpoint goes through the tool and computes the reference's numbers."""
+"""A converted official Mask2Former checkpoint reproduces the reference's outputs."""
 
 import pickle
 
@@ -18,7 +18,7 @@ def reference():
 
 
 def official(reference, early=False):
-    """The reference's weights under an official checkpoint's names; `early`: with those of the first releases."""
+    """The reference's weights under the names of an official checkpoint; `early`: those of the first releases."""
     head = "sem_seg_head." if early else "sem_seg_head.pixel_decoder."
     state = {"backbone.stem.conv1.weight": torch.zeros(4, 3, 7, 7), "criterion.empty_weight": torch.ones(6)}
     state.update({head + name: value for name, value in reference["pixel_decoder"].items()})
@@ -33,7 +33,7 @@ def write(path, state, early=False):
     if path.suffix == ".pkl":
         arrays = {name: value.numpy() for name, value in state.items()}
         content = pickle.dumps({"model": arrays, "__author__": "x"}, protocol=5 if early else 2)
-        # What numpy 1 wrote; protocol 2 has no lengths that the shorter name would contradict.
+        # As NumPy 1 wrote it. Protocol 2 stores no string lengths, so the shorter module name is still valid.
         path.write_bytes(content if early else content.replace(b"numpy._core", b"numpy.core"))
     else:
         torch.save({"model": state, "iteration": 5}, path)
@@ -41,7 +41,7 @@ def write(path, state, early=False):
 
 
 @pytest.mark.parametrize("suffix, early", [(".pkl", False), (".pth", False), (".pkl", True)])
-def test_the_converted_network_is_mask2former(tmp_path, reference, capsys, suffix, early):
+def test_converted_network_reproduces_mask2former(tmp_path, reference, capsys, suffix, early):
     source, target = write(tmp_path / f"official{suffix}", official(reference, early), early), str(tmp_path / "out.pth")
     assert tool.main([source, target, "--keep-classifier"]) == 0
     state = torch.load(target, weights_only=True)["model"]
@@ -57,10 +57,10 @@ def test_the_converted_network_is_mask2former(tmp_path, reference, capsys, suffi
     torch.testing.assert_close(last.mask_logits(mask_features), reference["pred_masks"], **TOLERANCE)
     out = capsys.readouterr().out
     assert "121 weights (backbone 1, pixel_decoder 53, decoder 67)" in out
-    assert "left out, without a place in HierVL: 1 (criterion.empty_weight)" in out
+    assert "left out, no counterpart in HierVL: 1 (criterion.empty_weight)" in out
 
 
-def test_the_class_head_is_left_out_by_default(tmp_path, reference, capsys):
+def test_class_head_is_left_out_by_default(tmp_path, reference, capsys):
     source, target = write(tmp_path / "official.pkl", official(reference)), str(tmp_path / "out.pth")
     assert tool.main([source, target]) == 0
     assert not [name for name in torch.load(target, weights_only=True)["model"] if "class_embed" in name]
@@ -101,16 +101,16 @@ SMALL = [
 
 
 @pytest.mark.parametrize("classifier", ["text", "linear"])
-def test_what_does_not_fit_the_config_is_listed_and_the_rest_loads(tmp_path, reference, capsys, classifier):
+def test_mismatched_weights_are_listed_and_the_rest_loads(tmp_path, reference, capsys, classifier):
     source, target = write(tmp_path / "official.pkl", official(reference)), str(tmp_path / "out.pth")
     overrides = [*SMALL, "MODEL.DECODER.CLASSIFIER", classifier]
     assert tool.main([source, target, "--config-file", CONFIG, "--opts", *overrides]) == 0
     out = capsys.readouterr().out
-    misfits = 6 if classifier == "text" else 8  # four projections of the backbone's maps, two of queries, class head
-    assert f"of another shape in this config's network: {misfits} (pixel_decoder.input_proj.0.0.weight (64, 48" in out
+    mismatched = 6 if classifier == "text" else 8  # four projections of backbone maps, two of queries; class head
+    assert f"different shape in this config's network: {mismatched} (pixel_decoder.input_proj.0.0.weight (64, 48" in out
     assert "not in this config's network: 1 (backbone.stem.conv1.weight)" in out
     assert ("class head: 2" in out) == (classifier == "text")
-    assert "initialized anew:" in out
+    assert "initialized from scratch:" in out
     args = tool.parse_args([source, target, "--config-file", CONFIG, "--opts", *overrides])
     network, _ = tool.build_network(args)
     AtomicCheckpointer(network).load(target)
@@ -118,7 +118,7 @@ def test_what_does_not_fit_the_config_is_listed_and_the_rest_loads(tmp_path, ref
     assert torch.equal(network.state_dict()[f"decoder.{name}"], reference["predictor"][name])
 
 
-def test_a_config_of_other_sizes_is_refused(tmp_path, reference, capsys):
+def test_config_with_different_sizes_is_refused(tmp_path, reference, capsys):
     source = write(tmp_path / "official.pkl", official(reference))
     small = [
         *SMALL,
@@ -134,11 +134,11 @@ def test_a_config_of_other_sizes_is_refused(tmp_path, reference, capsys):
         "96",
     ]
     assert tool.main([source, str(tmp_path / "out.pth"), "--config-file", CONFIG, "--opts", *small]) == 2
-    assert "neither of its decoders fits" in capsys.readouterr().err
+    assert "neither the pixel decoder nor the decoder fits" in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()
 
 
-class Evil:
+class ExecutesCode:
     def __reduce__(self):
         return print, ("executed",)
 
@@ -153,18 +153,21 @@ def without(state, part):
         (lambda path, state: None, "no such"),
         (lambda path, state: path.write_bytes(b"hello"), "not a pickled checkpoint"),
         (lambda path, state: path.write_bytes(b""), "not a pickled checkpoint"),
-        (lambda path, state: path.write_bytes(pickle.dumps({"model": Evil()})), "it holds builtins.print"),
+        (lambda path, state: path.write_bytes(pickle.dumps({"model": ExecutesCode()})), "it holds builtins.print"),
         (lambda path, state: path.write_bytes(pickle.dumps({"model": {}})), "holds no weights"),
         (lambda path, state: path.write_bytes(pickle.dumps([1])), "holds no weights"),
-        (lambda path, state: write(path, without(state, "cross_attention")), "no masked-attention decoder in it"),
-        (lambda path, state: write(path, without(state, "sampling_offsets")), "no deformable-attention pixel decoder"),
+        (lambda path, state: write(path, without(state, "cross_attention")), "it has no masked-attention decoder"),
+        (
+            lambda path, state: write(path, without(state, "sampling_offsets")),
+            "it has no deformable-attention pixel decoder",
+        ),
         (
             lambda path, state: write(path, {"decoder.query_feat.weight": state["criterion.empty_weight"]}),
-            "has HierVL's own names already",
+            "already uses HierVL's names",
         ),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(tmp_path, reference, capsys, make, message):
+def test_invalid_files_are_refused_in_one_line(tmp_path, reference, capsys, make, message):
     path = tmp_path / "official.pkl"
     make(path, official(reference))
     assert tool.main([str(path), str(tmp_path / "out.pth")]) == 2

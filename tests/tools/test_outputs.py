@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from hiervl import Prediction
+from hiervl.errors import UserError
 from tools import convert_mask2former, demo
 from tools.analysis import trained
 from tools.setup import run_demo
@@ -27,25 +29,21 @@ def photo(path):
 
 
 class Gray:
-    """In the place of demo.Segmenter: every overlay is gray."""
+    """In the place of demo.Predictor: every overlay is gray."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, **options):
         pass
 
     def __call__(self, path):
-        return cv2.imread(path), None
-
-    def labels(self, probability, confidence):
-        return np.zeros((16, 16), np.uint8)
-
-    def overlay(self, image, label):
-        return np.full_like(image, 99)
+        image = cv2.imread(path)
+        colors = np.full((1, 3), 99, np.uint8)
+        return Prediction(image, np.zeros((16, 16), np.uint8), np.ones((16, 16), np.float32), ["gray"], colors)
 
 
 @pytest.fixture
 def show(monkeypatch, capsys):
     """``show(output, *inputs)`` -> status and errors of the demo, with Gray as its network."""
-    monkeypatch.setattr(demo, "Segmenter", Gray)
+    monkeypatch.setattr(demo, "Predictor", Gray)
 
     def call(output, *inputs):
         status = demo.main(["--config-file", CONFIG, "--input", *map(str, inputs), "--output", str(output)])
@@ -61,7 +59,7 @@ def refused(show, tmp_path, monkeypatch):
     def call(words, output, *inputs):
         before = tree(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr(demo, "Segmenter", lambda *arguments: pytest.fail("computed before it was refused"))
+            patch.setattr(demo, "Predictor", lambda *args, **options: pytest.fail("computed before it was refused"))
             status, err = show(output, *inputs)
         assert status == 2 and len(err.strip().splitlines()) == 1 and all(word in err for word in words), err
         assert tree(tmp_path) == before
@@ -102,7 +100,7 @@ def test_a_file_of_another_hand_in_the_output(refused, show, tmp_path, name):
 def test_a_run_that_fails_claims_nothing(refused, show, tmp_path, monkeypatch):
     image = photo(tmp_path / "images/1.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr(Gray, "__init__", lambda *arguments: 1 / 0)
+        patch.setattr(Gray, "__init__", lambda *arguments, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             show(tmp_path / "out", image)
     photo(tmp_path / "out/1.jpg")
@@ -124,9 +122,8 @@ def test_a_run_that_fails_claims_nothing(refused, show, tmp_path, monkeypatch):
 )
 def test_every_image_has_overlays_of_its_own(files, stems):
     made = list(demo.targets(files, "out").values())
-    assert made == [(f"out/{stem}.jpg", f"out/{stem}_labels.png") for stem in stems]
-    names = [name.casefold() for pair in made for name in pair]
-    assert len(set(names)) == len(names)
+    assert made == [f"out/{stem}" for stem in stems]
+    assert len({name.casefold() for name in made}) == len(made)
 
 
 def test_make_demo_leaves_other_runs_alone(tmp_path, monkeypatch, capsys):
@@ -180,7 +177,7 @@ def test_results_of_another_hand(tmp_path):
     args = demo.parse_args(["--config-file", CONFIG, "--input", "x", "--output", str(tmp_path)])
     cfg, path = trained.read_config(CONFIG, []), tmp_path / "queries.json"
     path.write_text('{"mine": 1}')
-    with pytest.raises(trained.UserError, match="queries.json is already there .* --output"):
+    with pytest.raises(UserError, match="queries.json is already there .* --output"):
         trained.output_folder(args, cfg, "queries.json")
     path.write_text(json.dumps(dict.fromkeys(("config", "weights", "model", "data set", "images"))))
     trained.output_folder(args, cfg, "queries.json")  # of an earlier version

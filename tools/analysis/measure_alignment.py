@@ -1,13 +1,13 @@
-"""How well the alignment maps of a trained network fit outlines, and what CMSAM's parts are worth to it as it stands.
+"""Measure how well a trained network's alignment maps follow object outlines, and what CMSAM's parts contribute.
 
     python -m tools.analysis.measure_alignment --config-file configs/camvid_23_hiervl.yaml \
         --opts MODEL.WEIGHTS output/camvid_23_hiervl/model_final.pth
 
-Evaluates the class probabilities and the pixel-text similarity (a pixel's class is the most similar one) by mIoU
-and boundary IoU: with the network as it is, with its maps upsampled bilinearly instead of along the edges of the mask
-features, and without the flows between pixels and queries. No weight is trained anew: the rows tell what the trained
-network makes of these parts, not what another would have become without them. Whole images of the first set of
-DATASETS.TEST.
+Evaluates the class probabilities and the pixel-text similarity (each pixel gets the most similar class) by mIoU and
+boundary IoU: with the network as it is, with its maps upsampled bilinearly instead of along the edges of the mask
+features, and without the feature exchange between pixels and queries. Nothing is retrained: the rows show how much the
+trained network relies on these parts, not how good a network trained without them would be. Evaluates whole images of
+the first data set of DATASETS.TEST.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ import sys
 
 import torch
 from tabulate import tabulate
+
 from hiervl.data.images import read_label
 from hiervl.errors import UserError, exit_status
 from hiervl.evaluation import BoundaryIoU, ConfusionMatrix
 from hiervl.evaluation.confusion import compute_metrics
-from hiervl.modeling.inference import upsample_to_image, resize_maps
+from hiervl.modeling.inference import resize_maps, upsample_to_image
 from tools.analysis import trained
 
-# Attributes of SpatialAlignment that a row switches off.
+# Row -> attributes of SpatialAlignment that it switches off.
 ROWS = {
     "as it is": (),
     "bilinear upsampling": ("guided_upsampling",),
@@ -38,7 +39,13 @@ class Quality:
         self.boundaries = BoundaryIoU(num_classes, ignore_label)
 
     def update(self, label, maps, source: str):
-        """label: (H, W) array. maps: (K, H, W), highest where the class is. source: what to name in an error."""
+        """Add one image.
+
+        Args:
+            label: (H, W) array of class ids.
+            maps: (K, H, W); the class with the highest value is the prediction.
+            source: file of the label map, for error messages.
+        """
         prediction = maps.argmax(0).cpu().numpy()
         self.regions.update(label, prediction, source)
         self.boundaries.update(label, prediction)
@@ -52,29 +59,29 @@ class Quality:
 
 @torch.no_grad()
 def measure(network, samples, ignore_label: int) -> list:
-    """One row per entry of ROWS; the network is left as it was."""
-    found = {name: [Quality(network.num_classes, ignore_label) for _ in range(2)] for name in ROWS}
+    """Evaluate the samples once for each entry of ROWS; returns one row each. The network is left unchanged."""
+    qualities = {name: [Quality(network.num_classes, ignore_label) for _ in range(2)] for name in ROWS}
     for sample in samples:
         label = read_label(sample["sem_seg_file_name"])
         image = sample["image"][None].to(network.device, torch.float32)
         for name, off in ROWS.items():
             with switched_off(network.alignment, off):
-                said = network.predict(image)
-            pixel_text = upsample_to_image(
-                said.scatter_to_all_classes(said.pixel_text.float(), fill=-1.0), image.shape[2:]
-            )
-            for quality, maps in zip(found[name], (said.dense(), pixel_text)):
+                prediction = network.predict(image)
+            # -1, the lowest cosine, for classes that were not selected: (1, K, H/4, W/4) -> (1, K, H, W)
+            similarity = prediction.scatter_to_all_classes(prediction.pixel_text.float(), fill=-1.0)
+            similarity = upsample_to_image(similarity, image.shape[2:])
+            for quality, maps in zip(qualities[name], (prediction.dense(), similarity)):
                 maps = resize_maps(maps, (sample["height"], sample["width"]))[0]
                 quality.update(label, maps, sample["sem_seg_file_name"])
     return [
         {"network": name} | probabilities.row("probabilities") | similarity.row("pixel-text similarity")
-        for name, (probabilities, similarity) in found.items()
+        for name, (probabilities, similarity) in qualities.items()
     ]
 
 
 @contextlib.contextmanager
 def switched_off(module, attributes):
-    """Meanwhile the attributes of the module are False."""
+    """Set these attributes of the module to False within the block."""
     before = {name: getattr(module, name) for name in attributes}
     try:
         for name in attributes:
@@ -88,7 +95,7 @@ def switched_off(module, attributes):
 def run(args):
     cfg = trained.read_config(args.config_file, args.opts)
     if not cfg.MODEL.CMSAM.ENABLED:
-        raise UserError("MODEL.CMSAM.ENABLED must be True: its alignment maps are what is measured.")
+        raise UserError("MODEL.CMSAM.ENABLED must be True: this tool measures CMSAM's alignment maps.")
     trained.output_folder(args, cfg, "alignment.json")
     network = trained.load(cfg, args.model)
     samples, table = trained.samples(cfg)

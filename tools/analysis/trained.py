@@ -5,13 +5,12 @@ import json
 import os
 
 import numpy as np
-from detectron2.modeling import build_model
 
-from hiervl.checkpoint import atomic_write, load_network
+from hiervl import Predictor
+from hiervl.checkpoint import atomic_write
 from hiervl.config import load_config, use_cpu_without_gpu
 from hiervl.data.datasets import dataset_index, table_of
 from hiervl.data.mapper import TestMapper
-from hiervl.errors import UserError
 from hiervl.ownership import OutputFolder
 
 
@@ -32,19 +31,8 @@ def read_config(config_file: str, overrides: list):
 
 
 def load(cfg, model: str):
-    """The network of MODEL.WEIGHTS in evaluation mode.
-
-    Raises:
-        UserError: no checkpoint is named.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError(
-            "MODEL.WEIGHTS is empty: name a checkpoint, as in --opts MODEL.WEIGHTS "
-            "output/camvid_23_hiervl/model_final.pth."
-        )
-    network = build_model(cfg).eval()
-    load_network(network, cfg.MODEL.WEIGHTS, model)
-    return network
+    """The network of MODEL.WEIGHTS in evaluation mode."""
+    return Predictor(cfg, model=model).network
 
 
 def samples(cfg, most: int = 0):

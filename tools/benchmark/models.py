@@ -124,7 +124,7 @@ class Bench:
         """A training step on labeled images: losses, gradients, clipping, AdamW."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sum(self.model(self.inputs).values()).backward()
+        sum(sum(losses.values()) for losses in self.model(self.inputs).values()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.SOLVER.CLIP_NORM)
         self.optimizer.step()
 

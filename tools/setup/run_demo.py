@@ -17,14 +17,15 @@ import cv2
 import numpy as np
 from tabulate import tabulate
 
+from hiervl import Predictor
 from hiervl.checkpoint import atomic_write
 from hiervl.data import shapes
 from hiervl.data.datasets import data_root, table_of
 from hiervl.data.images import read_label
 from hiervl.errors import exit_status
 from hiervl.ownership import OutputFolder
-from tools.analysis import trained
-from tools.demo import Segmenter, targets, write
+from hiervl.predictor import write_image
+from tools.demo import ENDINGS, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,18 +121,18 @@ def report(runs, output):
 
 
 def picture(runs, root, images, path):
-    """One column per image of shapes_val: the image, its true classes, and what each run's network says."""
+    """One column per image of shapes_val: the image, its true classes, and the prediction of each run's network."""
     table = table_of("shapes_val")
     colors = np.array([*table.colors, *[(0, 0, 0)] * (256 - len(table.colors))], np.uint8)
-    weights = [["MODEL.WEIGHTS", os.path.join(run.output, "model_final.pth")] for run in runs]
-    networks = [Segmenter(trained.read_config(run.config, own)) for run, own in zip(runs, weights)]
+    predictors = [Predictor.from_run(run.output) for run in runs]
+    predictions = [predictor(images) for predictor in predictors]
     columns = []
-    for image in images:
-        said = [network.labels(network(image)[1]) for network in networks]
+    for i, image in enumerate(images):
         truth = read_label(os.path.join(root, "masks", "val", os.path.basename(image)))
-        column = [cv2.imread(image)[..., ::-1], colors[truth], *(colors[label] for label in said)]
+        labels = [truth, *(of_network[i].labels for of_network in predictions)]
+        column = [cv2.imread(image)[..., ::-1], *(colors[label] for label in labels)]
         columns.append(np.vstack([_framed(part) for part in column]))
-    write(path, np.hstack(columns)[..., ::-1])
+    write_image(path, np.hstack(columns)[..., ::-1])
 
 
 def _framed(part, scale=2.5, border=4):
@@ -189,7 +190,8 @@ def run(args):
     images = [os.path.join(root, "images", "val", f"{i:05d}.png") for i in range(8)]
     picture(runs, root, images, os.path.join(args.output, "comparison.png"))
     overlays = os.path.join(args.output, "overlays")
-    OutputFolder(overlays, "--output").add(path for pair in targets(images, overlays).values() for path in pair)
+    written = [f"{stem}{end}" for stem in targets(images, overlays).values() for end in ENDINGS]
+    OutputFolder(overlays, "--output").add(written)
     subprocess.run(
         [
             sys.executable,

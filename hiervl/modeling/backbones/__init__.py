@@ -1,7 +1,7 @@
 """Backbones: image (B, 3, H, W) -> {"res2": (B, C, H/4, W/4), ..., "res5": (B, C, H/32, W/32)}.
 
-Detectron2's ResNets come from detectron2 itself (`build_resnet_backbone`); the others register themselves in
-its BACKBONE_REGISTRY, so that MODEL.BACKBONE.NAME chooses between all of them.
+Detectron2's ResNets come from Detectron2 itself (`build_resnet_backbone`). The backbones in this package register
+themselves in its BACKBONE_REGISTRY, so that MODEL.BACKBONE.NAME selects among all of them.
 """
 
 from .build import build_backbone

@@ -1,4 +1,4 @@
-"""Build the backbone that the config names, load its ImageNet weights, freeze what is to be frozen."""
+"""Build the configured backbone and freeze the norms and parameters that the config says to freeze."""
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -6,8 +6,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from ...errors import UserError
 from .frozen_norm import freeze_norms
 
-# Keys of MODEL.BACKBONE that a backbone does not read, and what does the same there.
-_UNREAD = {
+# Keys of MODEL.BACKBONE that a backbone ignores, and the key to use instead.
+_IGNORED_KEYS = {
     "CLIPBackbone": {"FREEZE_AT": "MODEL.BACKBONE.FREEZE", "WEIGHTS": "MODEL.BACKBONE.CLIP.PRETRAINED"},
     "TimmBackbone": {"FREEZE_AT": "MODEL.BACKBONE.FREEZE"},
     "build_resnet_backbone": {"WEIGHTS": "MODEL.WEIGHTS"},
@@ -18,30 +18,33 @@ def build_backbone(cfg):
     """Return the backbone module for cfg.MODEL.BACKBONE.
 
     Raises:
-        UserError: MODEL.BACKBONE.NAME is not registered, or has no use for a key that is set.
+        UserError: MODEL.BACKBONE.NAME is not registered, or a key is set that this backbone ignores.
     """
     options = cfg.MODEL.BACKBONE
     if options.NAME not in BACKBONE_REGISTRY:
         known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY))
-        raise UserError(f"MODEL.BACKBONE.NAME: no backbone called {options.NAME!r}; known are {known}.")
-    for key, instead in _UNREAD.get(options.NAME, {}).items():
+        raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {options.NAME!r}; available: {known}.")
+    for key, instead in _IGNORED_KEYS.get(options.NAME, {}).items():
         if options[key]:
-            raise UserError(f"MODEL.BACKBONE.{key} is not read by {options.NAME}; use {instead}.")
+            raise UserError(f"MODEL.BACKBONE.{key} has no effect on {options.NAME}; use {instead}.")
     backbone = BACKBONE_REGISTRY.get(options.NAME)(cfg, ShapeSpec(channels=3))
     if options.FREEZE_BN:
         backbone = freeze_norms(backbone)
-    _choose_trained(backbone, cfg)
+    _freeze_parameters(backbone, cfg)
     return backbone
 
 
-def _choose_trained(backbone, cfg):
-    """FREEZE and ATTENTION_ONLY; a feature pyramid, which no weights come with, is always trained."""
+def _freeze_parameters(backbone, cfg):
+    """Apply FREEZE or ATTENTION_ONLY. A feature pyramid is always trained, because it has no pretrained weights."""
     options = cfg.MODEL.BACKBONE
     if options.FREEZE and options.ATTENTION_ONLY:
-        raise UserError("MODEL.BACKBONE: FREEZE and ATTENTION_ONLY exclude each other.")
+        raise UserError("MODEL.BACKBONE: FREEZE and ATTENTION_ONLY exclude each other; set only one of them.")
     pretrained = {name: p for name, p in backbone.named_parameters() if not name.startswith("pyramid.")}
     if options.ATTENTION_ONLY and not any(".attn." in name for name in pretrained):
-        raise UserError(f"MODEL.BACKBONE.ATTENTION_ONLY: {options.NAME} has no attention here.")
+        raise UserError(
+            f"MODEL.BACKBONE.ATTENTION_ONLY: {options.NAME} has no attention layers in this configuration; set it to "
+            "False."
+        )
     for name, parameter in pretrained.items():
         if options.FREEZE or (options.ATTENTION_ONLY and ".attn." not in name):
             parameter.requires_grad_(False)

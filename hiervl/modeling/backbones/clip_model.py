@@ -1,8 +1,11 @@
-"""CLIP's image towers as backbones, through open_clip: ViTs with a simple feature pyramid, ResNets and ConvNeXts as
-they are. Besides res2..res5 they give dense embeddings in the text space (`dense_text_features`).
+"""CLIP's image towers as backbones, loaded through open_clip.
 
-CLIP was trained with other colors than ImageNet's networks: MODEL.PIXEL_MEAN [122.771, 116.746, 104.094],
-MODEL.PIXEL_STD [68.501, 66.632, 70.323]. Sizes that are no multiple of the patch: see feature_pyramid.py.
+ViTs get a simple feature pyramid; ResNets and ConvNeXts are used as they are. Besides res2..res5, the backbones compute
+dense embeddings in the text space (`dense_text_features`).
+
+CLIP normalizes colors differently from ImageNet networks: MODEL.PIXEL_MEAN [122.771, 116.746, 104.094] and
+MODEL.PIXEL_STD [68.501, 66.632, 70.323]. For image sizes that are not a multiple of the patch size, see
+feature_pyramid.py.
 """
 
 import logging
@@ -21,12 +24,14 @@ logger = logging.getLogger(__name__)
 
 @BACKBONE_REGISTRY.register()
 class CLIPBackbone(Backbone):
-    """
+    """CLIP image tower that returns res2..res5.
+
     Args:
-        visual: open_clip's image tower. name: the model's name, for errors.
+        visual: open_clip's image tower.
+        name: the model's name, for error messages.
         drop_path: stochastic depth rate of the last block.
     Raises:
-        UserError: a tower of another architecture, a drop path where there is none.
+        UserError: an unsupported architecture, or a drop path rate for a ResNet.
     """
 
     @configurable
@@ -41,12 +46,12 @@ class CLIPBackbone(Backbone):
     def from_config(cls, cfg, input_shape):
         options = cfg.MODEL.BACKBONE.CLIP
         network = load_clip(options.MODEL, options.PRETRAINED, "MODEL.BACKBONE.CLIP")
-        _compare_colors(cfg.MODEL, network.visual)
+        _check_pixel_statistics(cfg.MODEL, network.visual)
         return {"visual": network.visual, "name": options.MODEL, "drop_path": options.DROP_PATH}
 
     @property
     def dense_stride(self) -> int:
-        """Pixels per cell of the dense embeddings: 16 for ViTs, 32 for the others."""
+        """Stride of the dense embeddings in pixels: 16 for ViTs, 32 for ResNets and ConvNeXts."""
         return self.tower.dense_stride
 
     def forward(self, image):
@@ -54,9 +59,10 @@ class CLIPBackbone(Backbone):
         return self._features(self.tower(image)[0], image)
 
     def dense_text_features(self, image):
-        """(B, 3, H, W) -> embeddings in the text space, (B, Dt, H/dense_stride, W/dense_stride) of unit length.
+        """(B, 3, H, W) -> unit-length embeddings in the text space (B, Dt, H/dense_stride, W/dense_stride).
 
-        For ViTs the last block's value path (MaskCLIP): every patch speaks for itself.
+        ViTs use only the value path of the last block's attention, so that each patch is embedded without mixing in
+        other patches (MaskCLIP, arXiv 2112.01071).
         """
         return self.tower(image, maps=False, dense=True)[1]
 
@@ -69,11 +75,14 @@ class CLIPBackbone(Backbone):
         }
 
     def _features(self, maps, image):
-        return self.pyramid(maps[0], image.shape[-2:]) if self.pyramid is not None else dict(zip(STRIDES, maps))
+        if self.pyramid is not None:
+            return self.pyramid(maps[0], image.shape[-2:])
+        return dict(zip(STRIDES, maps))
 
 
-def _compare_colors(model_options, visual):
-    for key, own in (("PIXEL_MEAN", visual.image_mean), ("PIXEL_STD", visual.image_std)):
-        trained = [round(255 * value, 3) for value in own]
+def _check_pixel_statistics(model_options, visual):
+    """Warn if PIXEL_MEAN or PIXEL_STD differs from the values with which the tower was trained."""
+    for key, statistic in (("PIXEL_MEAN", visual.image_mean), ("PIXEL_STD", visual.image_std)):
+        trained = [round(255 * value, 3) for value in statistic]
         if max(abs(a - b) for a, b in zip(model_options[key], trained)) > 0.5:
-            logger.warning("MODEL.%s is %s, the tower was trained with %s", key, model_options[key], trained)
+            logger.warning("MODEL.%s is %s, but the tower was trained with %s", key, model_options[key], trained)

@@ -1,7 +1,8 @@
-"""open_clip's image towers, taken apart: maps for the pixel decoder, and dense embeddings in the text space.
+"""open_clip's image towers, rebuilt to return feature maps and dense embeddings in the text space.
 
-A tower's call gives (maps, dense): `maps` a list of (B, C, h, w), `dense` (B, Dt, h, w) of unit length, each None
-unless asked for. The last layers, which lead into the text space, are not trained: text does not move there either.
+Calling a tower returns (maps, dense): `maps` is a list of (B, C, h, w), `dense` is (B, Dt, h, w) of unit length, and
+each is None unless requested. The last layers, which project into the text space, are frozen, because the text tower
+that defines this space is frozen too.
 """
 
 import torch
@@ -14,11 +15,12 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from ...errors import UserError
-from .feature_pyramid import STRIDES, at_stride, pad_to_patches
+from ...utils.padding import pad_to_multiple
+from .feature_pyramid import STRIDES, at_stride
 
 
 class ViTTower(nn.Module):
-    """A plain ViT: one map, the last block's, of stride `patch`."""
+    """CLIP's plain ViTs: a single map, from the last block, with the patch size as its stride."""
 
     dense_stride = 16
 
@@ -30,33 +32,39 @@ class ViTTower(nn.Module):
         self.class_embedding, self.positional_embedding = visual.class_embedding, visual.positional_embedding
         self.resblocks = visual.transformer.resblocks
         self.ln_post, self.proj = visual.ln_post.requires_grad_(False), visual.proj.requires_grad_(False)
-        # Stochastic depth: whole blocks, the last at this rate, the first at 0.
+        # Stochastic depth drops whole blocks, at rates that increase linearly from 0 to `drop_path`.
         rates = torch.linspace(0, drop_path, len(self.resblocks), device="cpu").tolist()
         self.drops = nn.ModuleList(DropPath(rate) for rate in rates)
 
     def forward(self, image, maps=True, dense=False):
+        """image (B, 3, H, W) -> (maps, dense); see the module docstring."""
         size = image.shape[-2:]
-        x = self.conv1(pad_to_patches(image, self.patch))  # (B, C, h, w)
+        x = self.conv1(pad_to_multiple(image, self.patch))  # (B, C, h, w)
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
         x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         x = self.ln_pre(x + self.positions(grid).to(x.dtype))  # (B, 1 + h*w, C)
         for block, drop in zip(self.resblocks[:-1], self.drops):
             x = _run(block, drop, x)
-        in_text_space = self._dense(x, grid, size) if dense else None
-        return [_to_map(_run(self.resblocks[-1], self.drops[-1], x), grid)] if maps else None, in_text_space
+        dense_embeddings = self._dense(x, grid, size) if dense else None
+        feature_maps = [_to_map(_run(self.resblocks[-1], self.drops[-1], x), grid)] if maps else None
+        return feature_maps, dense_embeddings
 
     def positions(self, grid):
-        """The position embedding (1 + h*w, C) for a grid (h, w) of patches; the tower's own at its own size."""
+        """Position embedding (1 + h*w, C) for a grid (h, w) of patches: the original one at the tower's native size,
+        bicubically resized otherwise."""
         if tuple(grid) == tuple(self.grid):
             return self.positional_embedding
-        first, rest = self.positional_embedding[:1], self.positional_embedding[1:]
-        rest = rest.t().unflatten(1, self.grid)[None]  # (1, C, gh, gw)
-        rest = F.interpolate(rest.float(), size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((first, rest[0].flatten(1).t().to(first.dtype)))
+        class_position, patch_positions = self.positional_embedding[:1], self.positional_embedding[1:]
+        resized = patch_positions.t().unflatten(1, self.grid)[None]  # (gh*gw, C) -> (1, C, gh, gw)
+        resized = F.interpolate(resized.float(), size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((class_position, resized[0].flatten(1).t().to(class_position.dtype)))
 
     def _dense(self, x, grid, size):
-        """MaskCLIP (arXiv 2112.01071): the last block with every token attending to itself alone."""
+        """Dense embeddings from the tokens (B, 1 + h*w, C) before the last block: (B, Dt, H/16, W/16).
+
+        As in MaskCLIP (arXiv 2112.01071), every token attends only to itself in the last block.
+        """
         block = self.resblocks[-1]
         attention, dim = block.attn, x.shape[2]
         value = F.linear(block.ln_1(x), attention.in_proj_weight[2 * dim :], attention.in_proj_bias[2 * dim :])
@@ -67,7 +75,7 @@ class ViTTower(nn.Module):
 
 
 class ResNetTower(nn.Module):
-    """CLIP's ResNets: four maps. Dense embeddings are the attention pooling's values, on res5's cells."""
+    """CLIP's ResNets: four maps. Dense embeddings are the values of the attention pooling at each position of res5."""
 
     dense_stride = 32
 
@@ -77,9 +85,8 @@ class ResNetTower(nn.Module):
             raise UserError("MODEL.BACKBONE.CLIP.DROP_PATH: CLIP's ResNets have no stochastic depth; set it to 0.")
         pool, visual.attnpool = visual.attnpool, None
         self.body = visual
-        self.channels = [
-            width * visual.layer1[0].expansion for width in (stage[0].conv1.out_channels for stage in self._stages())
-        ]
+        expansion = visual.layer1[0].expansion
+        self.channels = [stage[0].conv1.out_channels * expansion for stage in self._stages()]
         self.v_proj, self.c_proj = pool.v_proj.requires_grad_(False), pool.c_proj.requires_grad_(False)
 
     def _stages(self):
@@ -88,13 +95,14 @@ class ResNetTower(nn.Module):
     def forward(self, image, maps=True, dense=False):
         return _run_stages(self, self.body.stem, self._stages(), image, maps, dense)
 
-    def in_text_space(self, x):
-        """(B, h, w, C) -> (B, h, w, Dt)."""
+    def project_to_text_space(self, x):
+        """Project res5 features into the text space: (B, h, w, C) -> (B, h, w, Dt)."""
         return self.c_proj(self.v_proj(x))
 
 
 class ConvNeXtTower(nn.Module):
-    """CLIP's ConvNeXts: four maps. Dense embeddings are the head's, without its pooling, on res5's cells."""
+    """CLIP's ConvNeXts: four maps. Dense embeddings come from the head, applied to every position of res5 instead of to
+    their mean."""
 
     dense_stride = 32
 
@@ -106,21 +114,25 @@ class ConvNeXtTower(nn.Module):
         self.channels = [info["num_chs"] for info in trunk.feature_info]
         blocks = [block for stage in self.stages for block in stage.blocks]
         for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks), device="cpu").tolist()):
-            block.drop_path = DropPath(rate)  # in place of what open_clip's config says
+            block.drop_path = DropPath(rate)  # replaces the rate in open_clip's config
 
     def forward(self, image, maps=True, dense=False):
         return _run_stages(self, self.stem, self.stages, image, maps, dense)
 
-    def in_text_space(self, x):
-        """(B, h, w, C) -> (B, h, w, Dt)."""
+    def project_to_text_space(self, x):
+        """Project res5 features into the text space: (B, h, w, C) -> (B, h, w, Dt)."""
         return self.head(self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def build_tower(visual: nn.Module, name: str, drop_path: float) -> nn.Module:
-    """The tower for open_clip's `visual`, trainable up to the layers that lead into the text space.
+    """The tower for open_clip's `visual`, trainable except for the layers that project into the text space.
 
+    Args:
+        visual: open_clip's image tower.
+        name: the model's name, for error messages.
+        drop_path: stochastic depth rate of the last block.
     Raises:
-        UserError: an architecture that has no tower here.
+        UserError: an unsupported architecture.
     """
     visual.requires_grad_(True)
     if isinstance(visual, ModifiedResNet):
@@ -135,29 +147,33 @@ def build_tower(visual: nn.Module, name: str, drop_path: float) -> nn.Module:
         return ViTTower(visual, drop_path)
     kind = type(getattr(visual, "trunk", visual)).__name__
     raise UserError(
-        f"MODEL.BACKBONE.CLIP.MODEL: the image tower of {name} ({kind}) cannot be used; CLIP's plain ViTs, "
-        "ResNets and ConvNeXts can."
+        f"MODEL.BACKBONE.CLIP.MODEL: the image tower of {name} ({kind}) is not supported; use one of CLIP's plain "
+        "ViTs, ResNets or ConvNeXts."
     )
 
 
 def _run(block, drop, x):
-    return x + drop(block(x) - x) if drop.training and drop.drop_prob else block(x)
+    """Apply a residual block to (B, S, C), with stochastic depth in training."""
+    if drop.training and drop.drop_prob:
+        return x + drop(block(x) - x)
+    return block(x)
 
 
 def _to_map(tokens, grid):
-    """(B, 1 + h*w, C) -> (B, C, h, w), without the class token."""
+    """Tokens (B, 1 + h*w, C) -> map (B, C, h, w), without the class token."""
     return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
 
 
 def _run_stages(tower, stem, stages, image, maps, dense):
-    """The call of a convolutional tower: padded to whole cells of stride 32, which are cut off again."""
-    size, results = image.shape[-2:], []
-    x = stem(pad_to_patches(image, 32))
+    """Run a convolutional tower on an image padded to a multiple of 32, and crop the padding from its maps."""
+    size, feature_maps = image.shape[-2:], []
+    x = stem(pad_to_multiple(image, 32))
     for stage, stride in zip(stages, STRIDES.values()):
         x = stage(x)
-        results.append(at_stride(x, stride, stride, size))
-    in_text_space = None
+        feature_maps.append(at_stride(x, stride, stride, size))
+    dense_embeddings = None
     if dense:
-        embedded = tower.in_text_space(results[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        in_text_space = F.normalize(embedded.float(), dim=1)
-    return results if maps else None, in_text_space
+        # (B, C, h, w) -> (B, h, w, C) -> (B, h, w, Dt) -> (B, Dt, h, w)
+        embeddings = tower.project_to_text_space(feature_maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        dense_embeddings = F.normalize(embeddings.float(), dim=1)
+    return feature_maps if maps else None, dense_embeddings

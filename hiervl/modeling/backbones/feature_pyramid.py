@@ -1,9 +1,9 @@
 """Simple feature pyramid (ViTDet, arXiv 2203.16527, section 3): strides 4 to 32 from a plain ViT's last map.
 
-Padding. A ViT's image is padded at the right and at the bottom with zeros, the mean color, to whole patches. No
-output shows it: maps have ceil(H / stride) x ceil(W / stride) cells, and cell i lies where a convolutional network's
-lies, centerd on pixel (i + 0.5) stride. With patches of 16 the surplus cells are cut off; with patches of 14 the maps,
-of strides 3.5 to 28, are resampled to these point_coords.
+Images are padded on the right and at the bottom to a multiple of the patch size. The padding is zero, which is the mean
+color after normalization, and does not show in the outputs: maps have ceil(H / stride) x ceil(W / stride) cells, and
+cell i is centered on pixel coordinate (i + 0.5) * stride, as in a convolutional network. With patches of 16 pixels, the
+surplus cells are cropped. With patches of 14, the maps have strides of 3.5 to 28 and are resampled to these centers.
 """
 
 import torch
@@ -16,10 +16,11 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One map (B, C, h, w) of patches -> res2 (C/4), res3 (C/2), res4 (C), res5 (C channels).
+    """Turns a ViT's map (B, C, h, w) into res2 (C/4 channels), res3 (C/2), res4 (C) and res5 (C).
 
     Args:
-        channels: C. patch: the patches' side in pixels.
+        channels: C.
+        patch: side of a patch in pixels.
     """
 
     def __init__(self, channels: int, patch: int):
@@ -37,7 +38,13 @@ class SimpleFeaturePyramid(nn.Module):
         self.res5 = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, x, size):
-        """x (B, C, h, w); size: (H, W) of the image without padding. Returns dict of (B, C, H/stride, W/stride)."""
+        """
+        Args:
+            x: (B, C, h, w), the ViT's last map.
+            size: (H, W) of the image without padding.
+        Returns:
+            dict of (B, C_i, ceil(H / stride), ceil(W / stride)) for res2..res5.
+        """
         x = self.norm(x)
         maps = {"res2": self.res2(x), "res3": self.res3(x), "res4": x, "res5": self.res5(x)}
         factor = {"res2": 0.25, "res3": 0.5, "res4": 1, "res5": 2}
@@ -53,27 +60,26 @@ class SimpleFeaturePyramid(nn.Module):
         return {name: ShapeSpec(channels=channels[name], stride=STRIDES[name]) for name in STRIDES}
 
 
-def pad_to_patches(image, patch: int):
-    """Pad (B, 3, H, W) with zeros at the right and at the bottom to multiples of `patch`."""
-    height, width = image.shape[-2:]
-    if height % patch == 0 and width % patch == 0:
-        return image
-    return F.pad(image, (0, -width % patch, 0, -height % patch))
+def at_stride(x, stride: float, target_stride: int, size):
+    """Resample a map of one stride to another, and crop the padding.
 
-
-def at_stride(x, stride: float, wanted: int, size):
-    """Bring a map whose cells have `stride` pixels to `wanted` pixels: (B, C, h, w) -> (B, C, ceil(H / wanted), ...).
-
-    size: (H, W), the part of the image to be covered.
+    Args:
+        x: (B, C, h, w), a map of the padded image.
+        stride: stride of `x` in pixels.
+        target_stride: stride of the result in pixels.
+        size: (H, W) of the image without padding.
+    Returns:
+        (B, C, ceil(H / target_stride), ceil(W / target_stride)).
     """
-    rows, columns = (-(-side // wanted) for side in size)
-    if stride == wanted:
-        return x[..., :rows, :columns]
-    y, x_position = (
-        (torch.arange(cells, device=x.device, dtype=torch.float32) + 0.5) * wanted / (total * stride)
-        for cells, total in ((rows, x.shape[2]), (columns, x.shape[3]))
-    )  # 0..1 of the padded image
-    grid = torch.stack(torch.meshgrid(x_position, y, indexing="xy"), dim=-1) * 2 - 1  # (rows, columns, 2) as (x, y)
+    height, width = (-(-side // target_stride) for side in size)
+    if stride == target_stride:
+        return x[..., :height, :width]
+    # Centers of the target cells as fractions of the padded image.
+    center_y, center_x = (
+        (torch.arange(num_cells, device=x.device, dtype=torch.float32) + 0.5) * target_stride / (source_cells * stride)
+        for num_cells, source_cells in ((height, x.shape[2]), (width, x.shape[3]))
+    )
+    grid = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), dim=-1) * 2 - 1  # (h', w', 2) as (x, y)
     return F.grid_sample(
         x.float(), grid.expand(len(x), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
     ).to(x.dtype)

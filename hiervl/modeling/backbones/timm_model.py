@@ -1,5 +1,8 @@
-"""Any timm model that offers `features_only` with strides 4, 8, 16 and 32 (ResNet, ConvNeXt, Swin, MobileNet...), and
-plain ViTs (DINOv2, DINOv3, EVA-02...) through a simple feature pyramid."""
+"""timm models as backbones.
+
+Supported are all models that offer `features_only` with strides 4, 8, 16 and 32 (ResNet, ConvNeXt, Swin, MobileNet...),
+and plain ViTs (DINOv2, DINOv3, EVA-02...), which get a simple feature pyramid.
+"""
 
 from functools import lru_cache
 
@@ -11,22 +14,25 @@ from detectron2.modeling.backbone import Backbone
 
 from ...checkpoint import load_strictly
 from ...errors import UserError
-from .feature_pyramid import STRIDES, SimpleFeaturePyramid, pad_to_patches
+from ...utils.padding import pad_to_multiple
+from .feature_pyramid import STRIDES, SimpleFeaturePyramid
 
 _NAMES = {stride: name for name, stride in STRIDES.items()}
-_PLAIN_VITS = ("vision_transformer", "eva")  # timm's modules; DINOv3 is in eva
+_PLAIN_VIT_MODULES = ("vision_transformer", "eva")  # modules of timm; DINOv3 is in eva
 
 
 @BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
-    """
+    """timm model that returns res2..res5.
+
     Args:
-        name: a timm model name, with or without a pretrained tag.
-        pretrained: load timm's weights, from its hub or from `weights`, a file that timm published.
-        weights: without `pretrained` the path of a state dict of the `features_only` model.
+        name: timm model name, with or without a pretrained tag.
+        pretrained: load timm's weights, from `weights` if that is set and from timm's hub otherwise.
+        weights: path of a weights file. With `pretrained`, a file published by timm; otherwise a state dict of the
+            `features_only` model. "" for no file.
         drop_path: stochastic depth rate.
     Raises:
-        UserError: an unknown name, a model without the four strides, weights that cannot be had.
+        UserError: an unknown name, a model without the four strides, or weights that are unavailable or do not fit.
     """
 
     @configurable
@@ -43,19 +49,18 @@ class TimmBackbone(Backbone):
         self._stages = {_NAMES[r]: i for i, r in enumerate(self._reductions) if r in _NAMES}
         if not is_vit and len(self._stages) != len(_NAMES):
             raise UserError(
-                f"MODEL.BACKBONE.TIMM.NAME: {name} has features at strides {self._reductions}; "
-                "HierVL needs 4, 8, 16 and 32, or a plain ViT."
+                f"MODEL.BACKBONE.TIMM.NAME: {name} has features at strides {self._reductions}; choose a model with "
+                "strides 4, 8, 16 and 32, or a plain ViT."
             )
         if weights and not pretrained:
             load_strictly(self.body, weights, "MODEL.BACKBONE.WEIGHTS")
-        self._shape = (
-            self.pyramid.output_shape()
-            if is_vit
-            else {
+        if is_vit:
+            self._shape = self.pyramid.output_shape()
+        else:
+            self._shape = {
                 stage: ShapeSpec(channels=channels[i], stride=self._reductions[i]) for stage, i in self._stages.items()
             }
-        )
-        # Swin and its relatives give (B, H, W, C).
+        # Swin and related models return (B, h, w, C).
         self._channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
 
     @classmethod
@@ -71,8 +76,8 @@ class TimmBackbone(Backbone):
     def forward(self, image):
         """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride)."""
         if self.pyramid is not None:
-            (last,) = self.body(pad_to_patches(image, self._reductions[0]))
-            return self.pyramid(last, image.shape[-2:])
+            (last_map,) = self.body(pad_to_multiple(image, self._reductions[0]))
+            return self.pyramid(last_map, image.shape[-2:])
         outputs = self.body(image)
         if self._channels_last:
             outputs = [x.permute(0, 3, 1, 2).contiguous() for x in outputs]
@@ -84,20 +89,25 @@ class TimmBackbone(Backbone):
 
 @lru_cache
 def _plain_vits():
-    return {name for module in _PLAIN_VITS for name in timm.list_models(module=module)}
+    """Names of all plain ViTs in timm."""
+    return {name for module in _PLAIN_VIT_MODULES for name in timm.list_models(module=module)}
 
 
 def _check_name(name):
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
-        raise UserError(f"MODEL.BACKBONE.TIMM.NAME: timm has no model {name!r}; similar: {', '.join(near) or 'none'}.")
+        similar = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
+        raise UserError(
+            f"MODEL.BACKBONE.TIMM.NAME: timm has no model {name!r}; similar: {', '.join(similar) or 'none'}."
+        )
 
 
 def _create(name, pretrained, weights, options):
+    """The `features_only` model, with timm's weights if `pretrained`."""
     if pretrained and weights:
         options["pretrained_cfg_overlay"] = {"file": weights}
     try:
-        if pretrained and weights:  # features_only loads what fits, silent about the rest; the whole model is strict
+        if pretrained and weights:
+            # With features_only, timm silently skips weights that do not fit. Loading the whole model checks them.
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": weights})
         return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
     except Exception as error:
@@ -106,10 +116,10 @@ def _create(name, pretrained, weights, options):
         reason = " ".join(str(error).split())[:150]
         if weights:
             raise UserError(
-                f"{weights}: does not hold timm's weights of {name} ({reason}; MODEL.BACKBONE.WEIGHTS with "
+                f"{weights}: does not contain timm's weights of {name} ({reason}; MODEL.BACKBONE.WEIGHTS with "
                 "MODEL.BACKBONE.TIMM.PRETRAINED True)."
             ) from error
         raise UserError(
-            f"MODEL.BACKBONE.TIMM: weights of {name} could not be downloaded ({reason}); fetch timm's file "
-            "elsewhere and name it in MODEL.BACKBONE.WEIGHTS."
+            f"MODEL.BACKBONE.TIMM: the weights of {name} could not be downloaded ({reason}); download timm's file on "
+            "another machine and set MODEL.BACKBONE.WEIGHTS to it."
         ) from error

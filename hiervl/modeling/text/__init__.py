@@ -1,4 +1,4 @@
-"""Class embeddings T: what the network knows of the classes' names."""
+"""Text embeddings T of the class names: looked up in files or computed by a text tower."""
 
 from .class_text import ClassText
 from .embeddings import EmbeddingTable

@@ -1,4 +1,4 @@
-"""Residual adapter of the text space (docs/how-it-works.md)."""
+"""Residual adapter for the text embeddings (docs/how-it-works.md)."""
 
 import math
 
@@ -8,9 +8,10 @@ from torch import nn
 
 
 class ResidualAdapter(nn.Module):
-    """T' = norm(T + gamma A(T)), A a two-layer MLP whose output is about as long as T.
+    """T' = norm(T + gamma * A(T)), where A is a two-layer MLP whose output has about the same norm as T.
 
-    gamma starts at 0: at first T' is T, only gamma has a gradient, and A learns as soon as gamma has left 0.
+    gamma is a learnable scalar that starts at 0. T' therefore starts as T, and the first step changes gamma only; A
+    receives gradients once gamma is no longer 0.
     """
 
     def __init__(self, dim: int):
@@ -23,8 +24,9 @@ class ResidualAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, text):
-        """(M, Dt) of unit length -> the same."""
-        # The entries of a unit vector are about 1 / sqrt(Dt): scaled to 1, or the MLP would give next to nothing.
+        """(M, Dt) of unit length -> (M, Dt) of unit length."""
+        # The entries of a unit vector are about 1 / sqrt(Dt). The MLP needs inputs of about 1, or its output would be
+        # close to zero.
         scale = math.sqrt(text.shape[1])
-        change = self.out(F.gelu(self.hidden(text * scale))) / scale
-        return F.normalize(text + self.gamma * change, dim=1)
+        residual = self.out(F.gelu(self.hidden(text * scale))) / scale
+        return F.normalize(text + self.gamma * residual, dim=1)

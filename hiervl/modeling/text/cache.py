@@ -1,7 +1,7 @@
-"""Text embeddings on disk, so that a text tower reads each list of names once.
+"""Cache text embeddings on disk, so that a text tower has to embed each list of names only once.
 
-A file holds the embeddings of one list of texts, under a hash of everything that decides them. Files are written
-whole or not at all; one that cannot be read or does not fit is made anew.
+A file holds the embeddings of one list of texts. Its name is a hash of everything that determines them. Files are
+written atomically; one that is damaged or does not fit is computed again.
 """
 
 import hashlib
@@ -20,14 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(folder: str = "") -> str:
-    """`folder`, or hiervl under XDG_CACHE_HOME (~/.cache when that is not set)."""
+    """`folder`, or if it is empty, hiervl under XDG_CACHE_HOME (~/.cache if that is not set)."""
     return folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hiervl")
 
 
 def cached_embeddings(folder: str, identity: list, texts: list[str], compute) -> torch.Tensor:
-    """(M, Dt) float32: read from the cache, or `compute()`d and written to it.
+    """Embeddings (M, Dt) float32 of M texts: read from the cache, or computed and written to it.
 
-    identity: JSON-able description of what embeds the texts.
+    Args:
+        folder: cache folder, created if missing.
+        identity: JSON-serializable description of the model and settings that embed the texts.
+        texts: the M texts.
+        compute: function without arguments that returns the embeddings (M, Dt).
     """
     key = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
     path = os.path.join(folder, f"text-{key[:40]}.npz")
@@ -39,17 +43,18 @@ def cached_embeddings(folder: str, identity: list, texts: list[str], compute) ->
 
 
 def _read(path, texts):
+    """The embeddings of `texts` in the file, or None if it is missing, damaged or does not fit."""
     if not os.path.exists(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as data:
-            stored, embeddings = [str(text) for text in data["texts"]], torch.from_numpy(data["embeddings"])
+            stored_texts, embeddings = [str(text) for text in data["texts"]], torch.from_numpy(data["embeddings"])
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s: a damaged file of the cache is made anew (%s)", path, error)
+        logger.warning("%s: damaged cache file, computing the text embeddings again (%s)", path, error)
         return None
-    fits = stored == texts and embeddings.dim() == 2 and len(embeddings) == len(texts)
+    fits = stored_texts == texts and embeddings.dim() == 2 and len(embeddings) == len(texts)
     if not fits or not torch.isfinite(embeddings).all():
-        logger.warning("%s: a file of the cache that does not fit is made anew", path)
+        logger.warning("%s: cache file does not fit, computing the text embeddings again", path)
         return None
     return embeddings.float()
 
@@ -59,9 +64,9 @@ def _write(path, texts, embeddings):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, texts=np.array(texts), embeddings=embeddings.numpy())
-    except (OSError, UserError) as error:  # the run can go on without it
+    except (OSError, UserError) as error:  # the run can continue without the cache
         logger.warning(
-            "%s: text embeddings cannot be kept (%s); name another folder in MODEL.TEXT.CACHE",
+            "%s: cannot write the text embedding cache (%s); set MODEL.TEXT.CACHE to another folder",
             path,
             error.__cause__ or error,
         )

@@ -1,4 +1,4 @@
-"""Lists of words and texts that the config names: distractors, templates, definitions."""
+"""Read the lists of words and texts that the config refers to: distractors, templates, definitions, class names."""
 
 import os
 
@@ -8,28 +8,34 @@ from ...errors import UserError
 
 
 def read_lines(path: str, key: str) -> list[str]:
-    """The lines of a text file without blanks and repetitions.
+    """The lines of a text file, stripped, without empty lines and duplicates.
 
+    Args:
+        path: the file.
+        key: the config key or option that names the file, for error messages.
     Raises:
-        UserError: no such file, or nothing in it.
+        UserError: a missing, unreadable or empty file.
     """
-    words = list(dict.fromkeys(line.strip() for line in _read(path, key).splitlines() if line.strip()))
+    lines = [line.strip() for line in _read(path, key).splitlines()]
+    words = list(dict.fromkeys(line for line in lines if line))
     if not words:
-        raise UserError(f"{path}: is empty ({key}); it needs one entry per line.")
+        raise UserError(f"{path}: the file is empty ({key}); it needs one entry per line.")
     return words
 
 
 def read_templates(entries: tuple[str, ...]) -> list[str]:
-    """Sentences with {} for the name; an entry without {} is a file of them."""
-    key = "MODEL.TEXT.TEMPLATES"
-    return [line for entry in entries for line in ([entry] if "{}" in entry else read_lines(entry, key))]
+    """Prompt templates, sentences with {} for the name. An entry without {} is the path of a file of templates."""
+    templates = []
+    for entry in entries:
+        templates += [entry] if "{}" in entry else read_lines(entry, "MODEL.TEXT.TEMPLATES")
+    return templates
 
 
 def read_definitions(path: str) -> dict[str, list[str]]:
-    """{class name: its texts} of a YAML file; {} for "".
+    """{class name: its texts} from a YAML file; empty if `path` is "".
 
     Raises:
-        UserError: no such file, or another structure.
+        UserError: a missing or unreadable file, or one of another structure.
     """
     key = "MODEL.TEXT.DEFINITIONS"
     if not path:
@@ -37,7 +43,7 @@ def read_definitions(path: str) -> dict[str, list[str]]:
     try:
         content = yaml.safe_load(_read(path, key))
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({key}): {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: invalid YAML ({key}): {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: {key} needs a line `name: [text, text, ...]` per class.")
     for name, texts in content.items():
@@ -46,11 +52,11 @@ def read_definitions(path: str) -> dict[str, list[str]]:
     return {str(name): [text.strip() for text in texts] for name, texts in content.items()}
 
 
-def read_classes(given: str) -> list[str]:
-    """Class names as the command line gives them: separated by commas, or a file with one per line."""
-    if os.path.isfile(given):
-        return read_lines(given, "--classes")
-    return [name.strip() for name in given.split(",") if name.strip()]
+def read_classes(value: str) -> list[str]:
+    """Class names from the command line: separated by commas, or a file with one name per line."""
+    if os.path.isfile(value):
+        return read_lines(value, "--classes")
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def _read(path, key):

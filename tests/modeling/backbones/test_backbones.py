@@ -1,3 +1,5 @@
+"""Detectron2, torchvision and timm backbones: shapes, weights, and frozen norms."""
+
 import copy
 
 import pytest
@@ -31,7 +33,7 @@ def test_timm(name):
     check_shapes(TimmBackbone(name=name).eval())
 
 
-def test_mobilenet_equals_torchvision():
+def test_mobilenet_equals_torchvisions():
     backbone, reference = MobileNetV2().eval(), mobilenet_v2(weights=None).eval()
     reference.features[:18].load_state_dict(
         {k: v for k, v in zip(reference.features[:18].state_dict(), backbone.state_dict().values())}
@@ -42,7 +44,7 @@ def test_mobilenet_equals_torchvision():
         torch.testing.assert_close(backbone(image)["res5"], reference.features[:18](image))
 
 
-def test_given_weights_load_strictly():
+def test_weights_are_loaded_from_a_file():
     path = shared_file("weights/mobilenet_v2-b0353104.pth")
     backbone = MobileNetV2(weights=path)
     state = torch.load(path, weights_only=True)
@@ -55,7 +57,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         MobileNetV2(weights=str(tmp_path / "other.pth"))
 
 
-def test_missing_weights_are_told_with_where_to_get_them(tmp_path):
+def test_the_error_for_missing_weights_says_where_to_get_them(tmp_path):
     with pytest.raises(UserError, match=r"none.pth: no such weights file \(MODEL.BACKBONE.WEIGHTS\).*https://"):
         MobileNetV2(weights=str(tmp_path / "none.pth"))
 
@@ -67,7 +69,7 @@ def test_resnet_of_detectron2():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
 
 
-def test_norms_of_detectron2s_convolutions_are_computed_with_them():
+def test_frozen_norms_of_detectron2s_convolutions_are_folded_without_changing_results():
     torch.manual_seed(0)
     plain = BottleneckBlock(8, 16, bottleneck_channels=4, norm="FrozenBN")
     for norm in (m for m in plain.modules() if isinstance(m, FrozenBatchNorm2d)):
@@ -82,11 +84,11 @@ def test_norms_of_detectron2s_convolutions_are_computed_with_them():
     for block in (plain, folded):
         out = block(image)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
-    for own, expected in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_that_train_stay():
+def test_norms_that_are_not_frozen_are_kept():
     cfg = load_config("", ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_BN", "False", "MODEL.RESNETS.NORM", "BN"])
     backbone = build_backbone(cfg)
     assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
@@ -99,7 +101,7 @@ def test_frozen_stages_are_not_trained():
     assert trained == {"res2": False, "res3": False, "res4": True, "res5": True}
 
 
-def test_folded_norms_give_the_same_numbers_and_gradients():
+def test_folded_norms_give_the_same_outputs_and_gradients():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(8),
@@ -112,9 +114,7 @@ def test_folded_norms_give_the_same_numbers_and_gradients():
         nn.init.normal_(norm.running_mean)
         nn.init.normal_(norm.weight)
     image = torch.randn(2, 3, 16, 16)
-    expected = FrozenBatchNorm2d.convert_frozen_batchnorm(
-        nn.Sequential(*[layer if isinstance(layer, (nn.Conv2d, nn.ReLU)) else layer for layer in network])
-    )
+    expected = FrozenBatchNorm2d.convert_frozen_batchnorm(nn.Sequential(*network))
     expected_out = expected(image)
     expected_out.square().sum().backward()
     gradients = [network[i].weight.grad.clone() for i in (0, 3)]
@@ -128,7 +128,7 @@ def test_folded_norms_give_the_same_numbers_and_gradients():
         torch.testing.assert_close(folded[i].weight.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_names_are_users_mistakes():
+def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="resnet99"):
         TimmBackbone(name="resnet99")
     with pytest.raises(UserError, match="MODEL.BACKBONE.NAME.*MobileNetV2"):

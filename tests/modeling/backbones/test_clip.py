@@ -1,4 +1,4 @@
-"""CLIP's image towers, tiny and with random weights."""
+"""CLIP's image towers as backbones, tested on tiny towers with random weights."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ SIZES = [(64, 96), (45, 71), (64, 65)]
 def make_visual(name):
     torch.manual_seed(0)
     visual = open_clip.model.CLIP(embed_dim=EMBED, vision_cfg=dict(TOWERS[name]), text_cfg=TEXT).visual.eval()
-    return visual.requires_grad_(False)  # as load_clip gives it
+    return visual.requires_grad_(False)  # as load_clip returns it
 
 
 def make_backbone(name, **options):
@@ -47,34 +47,34 @@ def test_shapes_and_odd_sizes(name, size):
     backbone, image = make_backbone(name), torch.randn(2, 3, *size)
     with torch.no_grad():
         features, dense = backbone(image), backbone.dense_text_features(image)
-        maps, both = backbone.tower(image)[0], backbone.tower(image, dense=True)
+        maps, maps_and_dense = backbone.tower(image)[0], backbone.tower(image, dense=True)
     for level, spec in backbone.output_shape().items():
         assert spec.stride == STRIDES[level]
         assert features[level].shape == (2, spec.channels, *(-(-side // spec.stride) for side in size))
     assert dense.shape == (2, EMBED, *(-(-side // backbone.dense_stride) for side in size))
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(len(dense), *dense.shape[2:]))
-    assert torch.equal(dense, both[1])  # alone or beside the maps
-    assert all(torch.equal(a, b) for a, b in zip(maps, both[0]))
+    assert torch.equal(dense, maps_and_dense[1])  # the same with and without the maps
+    assert all(torch.equal(a, b) for a, b in zip(maps, maps_and_dense[0]))
 
 
 @pytest.mark.parametrize("name", ["vit16", "vit14", "scaled"])
-def test_a_vit_at_its_native_size_is_open_clips(name):
+def test_a_vit_at_its_native_size_equals_open_clips(name):
     visual, backbone = make_visual(name), make_backbone(name)
     image = torch.randn(2, 3, *visual.image_size)
     with torch.no_grad():
         expected = visual.forward_intermediates(image, indices=1)["image_intermediates"][0]
-        (own,), _ = backbone.tower(image)
-    torch.testing.assert_close(own, expected)
+        (actual,), _ = backbone.tower(image)
+    torch.testing.assert_close(actual, expected)
 
 
-def test_the_position_embedding_is_the_original_at_the_native_size_and_bicubic_elsewhere():
+def test_the_position_embedding_is_unchanged_at_the_native_size_and_bicubic_at_others():
     tower = make_backbone("vit16").tower
     assert tower.positions((4, 4)) is tower.positional_embedding
     wide = tower.positions((4, 8))
     assert wide.shape == (33, 32) and torch.equal(wide[0], tower.positional_embedding[0])
-    with torch.no_grad():  # a plane stays about one (PyTorch's bicubic kernel does not keep it exactly)
-        plane = torch.arange(4.0)[:, None] + 10 * torch.arange(4.0)
-        tower.positional_embedding[1:] = plane.flatten()[:, None]
+    with torch.no_grad():  # a linear ramp stays about linear; PyTorch's bicubic kernel does not preserve it exactly
+        ramp = torch.arange(4.0)[:, None] + 10 * torch.arange(4.0)
+        tower.positional_embedding[1:] = ramp.flatten()[:, None]
         middle = tower.positions((4, 8))[1:].unflatten(0, (4, 8))[:, 3:5, 0]
     expected = torch.arange(4.0)[:, None] + 10 * torch.tensor([1.25, 1.75])
     torch.testing.assert_close(middle, expected, atol=0.6, rtol=0)
@@ -88,14 +88,14 @@ def test_dense_features_are_the_last_block_with_an_identity_attention_map(name):
         x = visual._embeds(image)
         for block in visual.transformer.resblocks[:-1]:
             x = block(x)
-        only_itself = torch.full((x.shape[1], x.shape[1]), float("-inf")).fill_diagonal_(0)
-        x = visual.ln_post(visual.transformer.resblocks[-1](x, attn_mask=only_itself)) @ visual.proj
+        identity_mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).fill_diagonal_(0)
+        x = visual.ln_post(visual.transformer.resblocks[-1](x, attn_mask=identity_mask)) @ visual.proj
         expected = F.normalize(x[:, 1:].transpose(1, 2).unflatten(2, (4, 4)), dim=1)
         torch.testing.assert_close(backbone.dense_text_features(image), expected)
 
 
-def test_dense_features_of_a_resnet_are_its_attention_pooling_of_one_cell():
-    """Where the pooling sees one cell alone (without its mean token) it gives the value path."""
+def test_dense_features_of_a_resnet_equal_its_attention_pooling_over_one_cell():
+    """Attention pooling over a single cell, without the mean token, reduces to the value path."""
     visual, backbone = make_visual("resnet"), CLIPBackbone(make_visual("resnet")).eval()
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_dense_features_of_a_resnet_are_its_attention_pooling_of_one_cell():
         torch.testing.assert_close(backbone.dense_text_features(image)[..., 0, 0], expected)
 
 
-def test_dense_features_of_a_convnext_pool_one_cell():
+def test_dense_features_of_a_convnext_equal_its_output_for_one_cell():
     visual, backbone = make_visual("convnext"), CLIPBackbone(make_visual("convnext")).eval()
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_dense_features_of_a_convnext_pool_one_cell():
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_what_is_trained_has_a_gradient_and_the_way_into_the_text_space_is_frozen(name):
+def test_all_parameters_have_gradients_except_the_frozen_text_projection(name):
     backbone = make_backbone(name).train()
     sum(value.square().mean() for value in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
     trained = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
@@ -123,16 +123,16 @@ def test_what_is_trained_has_a_gradient_and_the_way_into_the_text_space_is_froze
     )
 
 
-def test_the_dense_features_train_the_tower():
+def test_dense_features_pass_gradients_to_the_tower():
     backbone = make_backbone("vit16").train()
     backbone.dense_text_features(torch.randn(1, 3, 64, 64))[:, 0].sum().backward()
     attention = backbone.tower.resblocks[-1].attn.in_proj_weight.grad
-    assert attention[:64].abs().max() == 0 and attention[64:].abs().max() > 0  # the values, not queries and keys
+    assert attention[:64].abs().max() == 0 and attention[64:].abs().max() > 0  # values only, not queries and keys
     assert backbone.tower.conv1.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["vit16", "resnet", "convnext"])
-def test_the_initial_tower_of_the_guidance_is_equal_and_stays(name):
+def test_the_guidances_copy_of_the_initial_tower_never_changes(name):
     backbone = make_backbone(name, drop_path=0.0 if name == "resnet" else 0.9).train()
     initial = Regularizers(backbone, weights={"guidance": 0.1}, boundary_weight=1.0, boundary_width=2).initial
     frozen, image = initial.dense_text_features, torch.randn(2, 3, 64, 64)
@@ -151,7 +151,7 @@ def test_the_initial_tower_of_the_guidance_is_equal_and_stays(name):
 
 
 @pytest.mark.parametrize("name", ["vit16", "convnext"])
-def test_drop_path_drops_in_training_only_and_the_first_block_never(name):
+def test_drop_path_is_active_in_training_only(name):
     torch.manual_seed(0)
     backbone, image = make_backbone(name, drop_path=0.9), torch.randn(1, 3, 64, 64)
     plain = make_backbone(name)
@@ -159,15 +159,15 @@ def test_drop_path_drops_in_training_only_and_the_first_block_never(name):
         expected = plain(image)
         assert all(torch.equal(value, expected[level]) for level, value in backbone(image).items())
         backbone.train()
-        seen = [backbone(image)["res5"] for _ in range(8)]
-    assert any(not torch.allclose(value, seen[0]) for value in seen)
+        outputs = [backbone(image)["res5"] for _ in range(8)]
+    assert any(not torch.allclose(output, outputs[0]) for output in outputs)
     with pytest.raises(UserError, match="CLIP's ResNets have no stochastic depth"):
         make_backbone("resnet", drop_path=0.1)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tower with its weights as open_clip reads it from a folder."""
+    """A model folder with config and weights, as open_clip reads it."""
     config = {"embed_dim": EMBED, "vision_cfg": TOWERS["vit16"], "text_cfg": TEXT}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     torch.save(open_clip.model.CLIP(**config).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
@@ -189,9 +189,9 @@ def config(folder, *overrides):
     )
 
 
-def test_from_the_config(folder, caplog):
+def test_building_from_the_config(folder, caplog):
     backbone = build_backbone(config(folder))
-    assert "MODEL.PIXEL_MEAN is [123.675, 116.28, 103.53], the tower was trained with [122.771, 116.746" in caplog.text
+    assert "PIXEL_MEAN is [123.675, 116.28, 103.53], but the tower was trained with [122.771, 116.746" in caplog.text
     caplog.clear()
     build_backbone(
         config(folder, "MODEL.PIXEL_MEAN", [122.771, 116.746, 104.094], "MODEL.PIXEL_STD", [68.501, 66.632, 70.323])
@@ -200,19 +200,19 @@ def test_from_the_config(folder, caplog):
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     assert torch.equal(backbone.tower.conv1.weight, state["visual.conv1.weight"])
     assert backbone.tower.conv1.weight.requires_grad
-    with pytest.raises(UserError, match="WEIGHTS is not read by CLIPBackbone; use MODEL.BACKBONE.CLIP.PRETRAINED"):
+    with pytest.raises(UserError, match="WEIGHTS has no effect on CLIPBackbone; use MODEL.BACKBONE.CLIP.PRETRAINED"):
         build_backbone(config(folder, "MODEL.BACKBONE.WEIGHTS", "x.pth"))
     with pytest.raises(UserError, match="MODEL.BACKBONE.CLIP.MODEL: open_clip has no model 'ViT'"):
         build_backbone(config(folder, "MODEL.BACKBONE.CLIP.MODEL", "ViT"))
 
 
 def test_attention_only_and_freeze(folder):
-    def trained(*overrides):
+    def trainable_names(*overrides):
         return {n for n, p in build_backbone(config(folder, *overrides)).named_parameters() if p.requires_grad}
 
-    pyramid = {name for name in trained() if name.startswith("pyramid.")}
-    assert trained("MODEL.BACKBONE.FREEZE", True) == pyramid
-    assert trained("MODEL.BACKBONE.ATTENTION_ONLY", True) - pyramid == {
+    pyramid = {name for name in trainable_names() if name.startswith("pyramid.")}
+    assert trainable_names("MODEL.BACKBONE.FREEZE", True) == pyramid
+    assert trainable_names("MODEL.BACKBONE.ATTENTION_ONLY", True) - pyramid == {
         f"tower.resblocks.{i}.attn.{part}"
         for i in range(3)
         for part in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -232,7 +232,7 @@ def test_autocast(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["vit14", "resnet"])
-def test_the_network_trains_and_predicts_with_it(name):
+def test_the_network_trains_and_predicts_with_a_clip_backbone(name):
     backbone = CLIPBackbone(make_visual(name))
     pixel_decoder = PixelDecoder(
         backbone.output_shape(), conv_dim=DIM, mask_dim=DIM, num_layers=1, num_heads=4, num_points=2, feedforward_dim=32
@@ -245,7 +245,7 @@ def test_the_network_trains_and_predicts_with_it(name):
     assert torch.isfinite(network.eval()([{"image": image}])[0]["sem_seg"]).all()
 
 
-def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed():
+def test_guidance_trains_the_similarity_and_fades_out_with_training():
     torch.manual_seed(0)
     network = make_network(
         backbone=CLIPBackbone(make_visual("vit16")),
@@ -263,7 +263,7 @@ def test_the_frozen_initial_tower_guides_the_pixel_text_scores_and_is_annealed()
     assert network(inputs)["pseudo"]["loss_guidance"] == 0
 
 
-def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
+def test_an_image_with_only_distractors_selected_gets_no_guidance():
     torch.manual_seed(0)
     network = make_network(
         backbone=CLIPBackbone(make_visual("vit16")),
@@ -284,9 +284,9 @@ def test_an_image_of_which_distractors_alone_were_kept_is_not_guided():
     assert loss == 0 and (context.aligned.similarity.grad == 0).all()
 
 
-def test_towers_of_another_kind_are_refused():
-    with pytest.raises(UserError, match="the image tower of mine .VisionTransformer. cannot be used"):
+def test_unsupported_towers_are_refused():
+    with pytest.raises(UserError, match="the image tower of mine .VisionTransformer. is not supported"):
         pooled = {**TOWERS["vit16"], "attentional_pool": True}
         CLIPBackbone(open_clip.model.CLIP(EMBED, pooled, TEXT).visual, name="mine")
-    with pytest.raises(UserError, match=r"\(Linear\) cannot be used"):
+    with pytest.raises(UserError, match=r"\(Linear\) is not supported"):
         CLIPBackbone(nn.Linear(1, 1))

@@ -1,11 +1,12 @@
-"""Where a plain ViT's maps lie in the image, with patches of 14 and 16 and any image size."""
+"""Feature pyramid of plain ViTs: where its maps' cells lie for any patch and image size, and what is trained."""
 
 import pytest
 import timm
 import torch
 
 from hiervl.modeling.backbones import TimmBackbone, build_backbone
-from hiervl.modeling.backbones.feature_pyramid import STRIDES, SimpleFeaturePyramid, at_stride, pad_to_patches
+from hiervl.modeling.backbones.feature_pyramid import STRIDES, SimpleFeaturePyramid, at_stride
+from hiervl.utils.padding import pad_to_multiple
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.solver import build_optimizer
@@ -25,30 +26,30 @@ def check_shapes(features, backbone, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes(patch, size):
     pyramid = SimpleFeaturePyramid(32, patch)
-    grid = [side // patch for side in pad_to_patches(torch.zeros(1, 3, *size), patch).shape[-2:]]
+    grid = [side // patch for side in pad_to_multiple(torch.zeros(1, 3, *size), patch).shape[-2:]]
     check_shapes(pyramid(torch.randn(1, 32, *grid), size), pyramid, size)
 
 
-@pytest.mark.parametrize("stride, wanted", [(14, 16), (7, 8), (3.5, 4), (28, 32), (16, 16)])
-def test_cells_lie_where_a_convolutions_cells_lie(stride, wanted):
-    """A map that holds the position of its own cells' centers gives the positions of the wanted cells' centers."""
+@pytest.mark.parametrize("stride, target_stride", [(14, 16), (7, 8), (3.5, 4), (28, 32), (16, 16)])
+def test_cells_are_centered_as_in_a_convolutional_network(stride, target_stride):
+    """Resampling a map of its cells' center positions gives the center positions of the target cells."""
     size = (518 - 6, 300)
     rows, columns = (torch.arange(-(-side // stride) + 1) for side in size)
     y, x = torch.meshgrid((rows + 0.5) * stride, (columns + 0.5) * stride, indexing="ij")
-    out = at_stride(torch.stack((x, y))[None], stride, wanted, size)
+    out = at_stride(torch.stack((x, y))[None], stride, target_stride, size)
     y, x = torch.meshgrid(
-        (torch.arange(-(-size[0] // wanted)) + 0.5) * wanted,
-        (torch.arange(-(-size[1] // wanted)) + 0.5) * wanted,
+        (torch.arange(-(-size[0] // target_stride)) + 0.5) * target_stride,
+        (torch.arange(-(-size[1] // target_stride)) + 0.5) * target_stride,
         indexing="ij",
     )
-    inside = (x < size[1]) & (y < size[0])
-    torch.testing.assert_close(out[0][:, inside], torch.stack((x, y))[:, inside], atol=1e-2, rtol=0)
+    in_image = (x < size[1]) & (y < size[0])
+    torch.testing.assert_close(out[0][:, in_image], torch.stack((x, y))[:, in_image], atol=1e-2, rtol=0)
 
 
-def test_padding_is_less_than_a_patch_and_keeps_whole_images():
+def test_padding_is_less_than_a_patch_and_skipped_if_not_needed():
     image = torch.randn(1, 3, 32, 48)
-    assert pad_to_patches(image, 16) is image
-    padded = pad_to_patches(image, 14)
+    assert pad_to_multiple(image, 16) is image
+    padded = pad_to_multiple(image, 14)
     assert padded.shape == (1, 3, 42, 56)
     assert torch.equal(padded[..., :32, :48], image) and (padded[..., 32:, :] == 0).all()
 
@@ -61,12 +62,12 @@ def test_timm_vit(size):
         check_shapes(backbone(torch.randn(1, 3, *size)), backbone, size)
 
 
-def test_the_padding_is_the_mean_color_and_in_no_output():
+def test_padding_is_zero_and_does_not_show_in_the_outputs():
     backbone = TimmBackbone(name="test_vit").eval()
     image = torch.randn(1, 3, 40, 56)
     with torch.no_grad():
-        own, padded = backbone(image), backbone(torch.nn.functional.pad(image, (0, 8, 0, 8)))
-    for name, value in own.items():
+        features, padded = backbone(image), backbone(torch.nn.functional.pad(image, (0, 8, 0, 8)))
+    for name, value in features.items():
         torch.testing.assert_close(value, padded[name][..., : value.shape[2], : value.shape[3]])
 
 
@@ -79,15 +80,15 @@ def test_the_padding_is_the_mean_color_and_in_no_output():
         ("eva02_small_patch14_224", 14),
     ],
 )
-def test_vits_that_people_use(name, patch):
-    """Shapes only, without memory for weights: another image size than the one they were trained with."""
+def test_popular_vits(name, patch):
+    """Shapes only, on the meta device, at an image size other than the one used in pretraining."""
     with torch.device("meta"):
         backbone = TimmBackbone(name=name)
         assert backbone.pyramid.patch == patch
         check_shapes(backbone(torch.zeros(1, 3, 96, 160)), backbone, (96, 160))
 
 
-def test_timms_own_file_and_a_features_only_file(tmp_path):
+def test_weights_files_of_timm_and_of_the_features_only_model(tmp_path):
     source = timm.create_model("test_vit")
     torch.save(source.state_dict(), tmp_path / "timm.pth")
     backbone = TimmBackbone(name="test_vit", pretrained=True, weights=str(tmp_path / "timm.pth"))
@@ -95,7 +96,7 @@ def test_timms_own_file_and_a_features_only_file(tmp_path):
     torch.save(backbone.body.state_dict(), tmp_path / "features.pth")
     again = TimmBackbone(name="test_vit", weights=str(tmp_path / "features.pth"))
     assert torch.equal(again.body.model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    with pytest.raises(UserError, match="features.pth: does not hold timm's weights of test_vit"):
+    with pytest.raises(UserError, match="features.pth: does not contain timm's weights of test_vit"):
         TimmBackbone(name="test_vit", pretrained=True, weights=str(tmp_path / "features.pth"))
 
 
@@ -114,16 +115,16 @@ def vit_config(*overrides):
     )
 
 
-def trained(backbone):
+def trainable_names(backbone):
     return {name for name, p in backbone.named_parameters() if p.requires_grad}
 
 
-def test_freezing_leaves_the_pyramid_and_attention_only_the_attention():
-    everything = trained(build_backbone(vit_config()))
-    pyramid = {name for name in everything if name.startswith("pyramid.")}
-    assert pyramid and trained(build_backbone(vit_config("MODEL.BACKBONE.FREEZE", True))) == pyramid
-    attention = trained(build_backbone(vit_config("MODEL.BACKBONE.ATTENTION_ONLY", True))) - pyramid
-    assert attention == {name for name in everything if ".attn." in name} and attention
+def test_freeze_and_attention_only_always_train_the_pyramid():
+    all_names = trainable_names(build_backbone(vit_config()))
+    pyramid = {name for name in all_names if name.startswith("pyramid.")}
+    assert pyramid and trainable_names(build_backbone(vit_config("MODEL.BACKBONE.FREEZE", True))) == pyramid
+    attention = trainable_names(build_backbone(vit_config("MODEL.BACKBONE.ATTENTION_ONLY", True))) - pyramid
+    assert attention == {name for name in all_names if ".attn." in name} and attention
 
 
 @pytest.mark.parametrize(
@@ -134,19 +135,19 @@ def test_freezing_leaves_the_pyramid_and_attention_only_the_attention():
             ["MODEL.BACKBONE.ATTENTION_ONLY", True, "MODEL.BACKBONE.TIMM.NAME", "lcnet_050"],
             "TimmBackbone has no attention",
         ),
-        (["MODEL.BACKBONE.FREEZE_AT", 2], "FREEZE_AT is not read by TimmBackbone; use MODEL.BACKBONE.FREEZE"),
+        (["MODEL.BACKBONE.FREEZE_AT", 2], "FREEZE_AT has no effect on TimmBackbone; use MODEL.BACKBONE.FREEZE"),
         (
             ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.WEIGHTS", "x.pth"],
-            "WEIGHTS is not read by build_resnet_backbone; use MODEL.WEIGHTS",
+            "WEIGHTS has no effect on build_resnet_backbone; use MODEL.WEIGHTS",
         ),
     ],
 )
-def test_options_that_a_backbone_has_no_use_for(overrides, message):
+def test_options_without_effect_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         build_backbone(vit_config(*overrides))
 
 
-def test_the_pyramid_learns_at_the_full_rate():
+def test_the_pyramid_is_trained_at_the_full_learning_rate():
     cfg = vit_config("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.BASE_LR", 1.0)
     model = torch.nn.ModuleDict({"backbone": build_backbone(cfg)})
     rates = {p: group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}

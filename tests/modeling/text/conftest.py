@@ -1,4 +1,4 @@
-"""A tiny text tower with random weights, in a folder as open_clip reads it."""
+"""A tiny CLIP model with random weights, in a folder that open_clip can read."""
 
 import json
 
@@ -11,7 +11,7 @@ WIDTH, EMBED = 32, 24
 
 @pytest.fixture(scope="session")
 def tower_folder(tmp_path_factory):
-    """Folder with open_clip_config.json and weights, for MODEL.TEXT.MODEL local-dir:FOLDER."""
+    """Folder with open_clip_config.json and weights."""
     folder = tmp_path_factory.mktemp("tower")
     model = {
         "embed_dim": EMBED,
@@ -21,7 +21,7 @@ def tower_folder(tmp_path_factory):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     torch.manual_seed(0)
     network = open_clip.model.CLIP(**model)
-    # Random towers hardly tell names apart: larger token embeddings make the texts' vectors differ.
+    # With random weights all texts have similar embeddings; larger token embeddings make them differ.
     torch.nn.init.normal_(network.token_embedding.weight, std=0.5)
     torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
     return folder
@@ -29,4 +29,5 @@ def tower_folder(tmp_path_factory):
 
 @pytest.fixture
 def tower_model(tower_folder):
+    """The value of MODEL.TEXT.MODEL for this tower."""
     return f"local-dir:{tower_folder}"

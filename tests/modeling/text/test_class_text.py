@@ -1,4 +1,4 @@
-"""ClassText over any source: centering, adapter, definitions, other class lists, distractors."""
+"""ClassText: centering, adapter, definitions, changing the class list, distractors."""
 
 import copy
 
@@ -15,29 +15,31 @@ from hiervl.modeling.text import ClassText, EmbeddingTable
 from hiervl.modeling.text.word_lists import read_definitions, read_lines, read_templates
 
 
-def l2_normalize(*shape, seed=0):
+def unit_vectors(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def write(path, names, embeddings, **extra):
+def write_embeddings(path, names, embeddings, **extra):
     np.savez(path, names=np.array(names), embeddings=np.asarray(embeddings, np.float32), **extra)
     return str(path)
 
 
 @pytest.fixture
 def table(tmp_path):
-    """Words a..h; "p" was embedded as "word p"."""
-    main = write(tmp_path / "main.npz", ["a", "b", "p"], l2_normalize(3, 16), texts=np.array(["a", "b", "word p"]))
-    extra = write(
+    """Embeddings of the words a to g and p; "p" was embedded as "word p"."""
+    main = write_embeddings(
+        tmp_path / "main.npz", ["a", "b", "p"], unit_vectors(3, 16), texts=np.array(["a", "b", "word p"])
+    )
+    extra = write_embeddings(
         tmp_path / "extra.npz",
         ["c", "d", "e", "f", "g", "word p"],
-        np.concatenate([l2_normalize(5, 16, seed=1), l2_normalize(3, 16)[2:]]),
+        np.concatenate([unit_vectors(5, 16, seed=1), unit_vectors(3, 16)[2:]]),
     )
     return EmbeddingTable(main, ["a", "b", "p"], extra=(extra,))
 
 
-def test_centering_spreads_the_cone():
-    cone = F.normalize(l2_normalize(6, 32) * 1.7 + torch.ones(32), dim=1)
+def test_centering_spreads_embeddings_in_a_narrow_cone():
+    cone = F.normalize(unit_vectors(6, 32) * 1.7 + torch.ones(32), dim=1)
     text = ClassText(cone)()
     torch.testing.assert_close(text.norm(dim=1), torch.ones(6))
     off = ~torch.eye(6, dtype=torch.bool)
@@ -45,30 +47,30 @@ def test_centering_spreads_the_cone():
     torch.testing.assert_close(ClassText(cone, center=False)(), cone)
 
 
-def test_one_class_is_not_centerd_away():
-    text = ClassText(l2_normalize(1, 8), adapter=True)
+def test_a_single_class_is_not_centered():
+    text = ClassText(unit_vectors(1, 8), adapter=True)
     assert text().norm().item() == pytest.approx(1)
     assert language_loss(text(), text.anchors(), 0.1) == 0
 
 
-def test_the_checkpoint_holds_what_is_learned_and_no_class_dimension():
-    few, many = (ClassText(l2_normalize(n, 8), adapter=True).state_dict() for n in (3, 7))
-    assert {k: v.shape for k, v in few.items()} == {k: v.shape for k, v in many.items()}
-    assert set(ClassText(l2_normalize(3, 8)).state_dict()) == {"mean"}
+def test_the_state_dict_does_not_depend_on_the_number_of_classes():
+    small, large = (ClassText(unit_vectors(n, 8), adapter=True).state_dict() for n in (3, 7))
+    assert {k: v.shape for k, v in small.items()} == {k: v.shape for k, v in large.items()}
+    assert set(ClassText(unit_vectors(3, 8)).state_dict()) == {"mean"}
 
 
 def test_a_checkpoint_of_another_width_is_refused(tmp_path):
-    torch.save(ClassText(l2_normalize(3, 8)).state_dict(), tmp_path / "w.pth")
+    torch.save(ClassText(unit_vectors(3, 8)).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w.pth: mean has shape \(8,\), this config needs \(16,\)"):
-        load_network(ClassText(l2_normalize(3, 16)), str(tmp_path / "w.pth"))
+        load_network(ClassText(unit_vectors(3, 16)), str(tmp_path / "w.pth"))
 
 
-def test_the_adapter_starts_as_the_identity_and_both_parts_learn():
+def test_the_adapter_starts_as_the_identity_and_all_its_weights_are_trained():
     torch.manual_seed(0)
-    text, target = ClassText(l2_normalize(5, 16), adapter=True), l2_normalize(5, 16, seed=1)
+    text, target = ClassText(unit_vectors(5, 16), adapter=True), unit_vectors(5, 16, seed=1)
     torch.testing.assert_close(text(), text.anchors())
-    change = text.adapter.out(F.gelu(text.adapter.hidden(text.anchors() * 4))) / 4
-    assert 0.3 < change.norm(dim=1).mean() < 2  # so that gamma is about the relative length of the change
+    residual = text.adapter.out(F.gelu(text.adapter.hidden(text.anchors() * 4))) / 4
+    assert 0.3 < residual.norm(dim=1).mean() < 2  # so that gamma is about the relative size of the residual
     optimizer = torch.optim.Adam(text.parameters(), lr=1e-2)
     start, losses = copy.deepcopy(text.state_dict()), []
     for step in range(40):
@@ -84,8 +86,8 @@ def test_the_adapter_starts_as_the_identity_and_both_parts_learn():
     torch.testing.assert_close(text.mean, start["mean"])
 
 
-def test_the_language_loss_is_least_at_the_anchors_and_pulls_back():
-    anchors = F.normalize(l2_normalize(6, 32) - l2_normalize(6, 32).mean(0), dim=1)
+def test_the_language_loss_is_lowest_at_the_anchors_and_pulls_toward_them():
+    anchors = F.normalize(unit_vectors(6, 32) - unit_vectors(6, 32).mean(0), dim=1)
     moved = F.normalize(anchors + 0.8 * anchors.roll(1, 0), dim=1).requires_grad_()
     loss = language_loss(moved, anchors, 0.1)
     assert loss > language_loss(anchors, anchors, 0.1) + 0.02
@@ -93,9 +95,9 @@ def test_the_language_loss_is_least_at_the_anchors_and_pulls_back():
     assert ((moved - moved.grad) * anchors).sum() > (moved * anchors).sum()
 
 
-def test_definitions_are_averaged_for_the_class_and_given_one_by_one(tmp_path):
-    vectors = l2_normalize(4, 16)
-    path = write(tmp_path / "d.npz", ["a", "a too", "b", "c"], vectors, class_index=np.array([0, 0, 1, 2]))
+def test_definitions_are_averaged_per_class_and_available_individually(tmp_path):
+    vectors = unit_vectors(4, 16)
+    path = write_embeddings(tmp_path / "d.npz", ["a", "a too", "b", "c"], vectors, class_index=np.array([0, 0, 1, 2]))
     text = ClassText(EmbeddingTable(path, ["A", "B", "C"]), ["A", "B", "C"], center=False)
     torch.testing.assert_close(text()[0], F.normalize(vectors[:2].mean(0), dim=0))
     rows, index = text.definitions()
@@ -103,53 +105,53 @@ def test_definitions_are_averaged_for_the_class_and_given_one_by_one(tmp_path):
     assert index.tolist() == [0, 0, 1, 2]
 
 
-def test_with_one_text_per_class_the_definitions_are_t(table):
+def test_with_one_text_per_class_the_definitions_equal_the_class_embeddings(table):
     text = ClassText(table, ["a", "b", "p"], adapter=True)
     torch.nn.init.ones_(text.adapter.gamma)
     rows, index = text.definitions()
     assert torch.equal(rows, text()) and index.tolist() == [0, 1, 2]
 
 
-def test_definitions_from_a_file_of_the_config(table, tmp_path):
+def test_definitions_from_a_yaml_file(table, tmp_path):
     (tmp_path / "d.yaml").write_text("b: [b, c]\n")
     table.definitions = read_definitions(str(tmp_path / "d.yaml"))
     text = ClassText(table, ["a", "b"], center=False)
-    torch.testing.assert_close(text()[1], F.normalize(l2_normalize(3, 16)[1] + l2_normalize(5, 16, seed=1)[0], dim=0))
+    torch.testing.assert_close(text()[1], F.normalize(unit_vectors(3, 16)[1] + unit_vectors(5, 16, seed=1)[0], dim=0))
     assert text.definitions()[1].tolist() == [0, 1, 1]
 
 
-def test_other_classes_without_touching_a_weight(table):
+def test_changing_the_class_list_changes_no_weight(table):
     text = ClassText(table, ["a", "b"], adapter=True)
     torch.nn.init.ones_(text.adapter.gamma)
-    before, old = copy.deepcopy(text.state_dict()), text()
+    before, embeddings = copy.deepcopy(text.state_dict()), text()
     text.set_classes(["f", "b", "word p", "c"])
     assert text.class_names == ["f", "b", "word p", "c"] and text().shape == (4, 16)
     assert all(torch.equal(value, before[name]) for name, value in text.state_dict().items())
-    torch.testing.assert_close(text()[1], old[1])
-    torch.testing.assert_close(text.anchors()[0], F.normalize(l2_normalize(5, 16, seed=1)[3] - before["mean"], dim=0))
+    torch.testing.assert_close(text()[1], embeddings[1])
+    torch.testing.assert_close(text.anchors()[0], F.normalize(unit_vectors(5, 16, seed=1)[3] - before["mean"], dim=0))
 
 
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["a", "b", "a"], "class 'a' is given twice"),
-        (["a", "nowhere"], "main.npz: no text embedding for 'nowhere' .1 missing of 2"),
+        (["a", "b", "a"], "class 'a' is listed more than once"),
+        (["a", "nowhere"], "main.npz: no text embedding for 'nowhere' .1 of 2 missing"),
         ([], "list of classes is empty"),
         (["p", "word p"], "'p' and 'word p' have the same text embedding"),
     ],
 )
-def test_lists_of_names_that_cannot_be(table, names, message):
+def test_an_invalid_list_of_names_is_refused(table, names, message):
     text = ClassText(table, ["a", "b"])
     with pytest.raises(UserError, match=message):
         text.set_classes(names)
-    assert text.class_names == ["a", "b"] and text().shape == (2, 16)  # the old list stays
+    assert text.class_names == ["a", "b"] and text().shape == (2, 16)  # the previous list stays in use
 
 
-def test_distractors_leave_out_the_classes_and_the_words_they_stand_for(table):
+def test_distractors_exclude_the_classes_and_their_words(table):
     text = ClassText(table, ["a", "p"], distractors=["A", "b", "word p", "c", "g"], adapter=True)
     names, vectors = text.distractors()
     assert names == ["b", "c", "g"] and vectors.shape == (3, 16)
-    torch.testing.assert_close(vectors[1], F.normalize(l2_normalize(5, 16, seed=1)[0] - text.mean, dim=0))
+    torch.testing.assert_close(vectors[1], F.normalize(unit_vectors(5, 16, seed=1)[0] - text.mean, dim=0))
     text.set_classes(["a", "c"])
     assert text.distractors()[0] == ["b", "word p", "g"]
     assert ClassText(table, ["a", "b"]).distractors()[1].shape == (0, 16)
@@ -157,22 +159,22 @@ def test_distractors_leave_out_the_classes_and_the_words_they_stand_for(table):
     assert ClassText(table, ["a", "p"], distractors=["c", "g"]).distractors()[0] == ["c"]
 
 
-def test_an_unknown_distractor_is_named(table):
+def test_the_error_for_a_distractor_without_embedding_names_it(table):
     with pytest.raises(UserError, match="no text embedding for 'moon'"):
         ClassText(table, ["a", "b"], distractors=["c", "moon"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_does_not_reach_the_text(dtype):
-    text = ClassText(l2_normalize(4, 16), adapter=True, distractors=())
+def test_text_embeddings_ignore_autocast(dtype):
+    text = ClassText(unit_vectors(4, 16), adapter=True, distractors=())
     torch.nn.init.ones_(text.adapter.gamma)
     with torch.autocast("cpu", dtype):
-        inside = [text(), text.anchors(), text.definitions()[0]]
-    for value, outside in zip(inside, [text(), text.anchors(), text.definitions()[0]]):
-        assert value.dtype == torch.float32 and torch.equal(value, outside)
+        with_autocast = [text(), text.anchors(), text.definitions()[0]]
+    for value, expected in zip(with_autocast, [text(), text.anchors(), text.definitions()[0]]):
+        assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
-def test_a_copy_shares_no_weight_and_has_the_same_classes(table):
+def test_a_copy_is_independent_of_the_original(table):
     text = ClassText(table, ["a", "b"], adapter=True)
     teacher = copy.deepcopy(text)
     teacher.set_classes(["c", "d", "e"])
@@ -180,7 +182,7 @@ def test_a_copy_shares_no_weight_and_has_the_same_classes(table):
     assert text.class_names == ["a", "b"] and text.adapter.gamma == 0
 
 
-def test_lists_of_lines(tmp_path):
+def test_templates_and_word_lists_from_files(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("a {}\n\nthe {}\na {}\n", encoding="utf-8")
     assert read_templates(("one {}", str(path))) == ["one {}", "a {}", "the {}"]
@@ -197,23 +199,23 @@ def test_lists_of_lines(tmp_path):
         ("- a\n", "needs a line"),
         ("a: b\n", "'a' needs a list of texts"),
         ("a: []\n", "'a' needs"),
-        ("a: [", "not YAML"),
+        ("a: [", "invalid YAML"),
     ],
 )
-def test_definitions_of_another_structure(tmp_path, content, message):
+def test_invalid_definitions_files_are_refused(tmp_path, content, message):
     (tmp_path / "d.yaml").write_text(content)
     with pytest.raises(UserError, match=f"d.yaml.*{message}"):
         read_definitions(str(tmp_path / "d.yaml"))
 
 
-def test_extra_files_need_a_file():
+def test_extra_files_need_a_main_file():
     cfg = load_config("", ["MODEL.TEXT.EXTRA_EMBEDDINGS", ("x.npz",)])
-    with pytest.raises(UserError, match="EXTRA_EMBEDDINGS: goes with MODEL.TEXT.EMBEDDINGS, which is empty"):
+    with pytest.raises(UserError, match="EXTRA_EMBEDDINGS needs MODEL.TEXT.EMBEDDINGS, which is empty"):
         ClassText(cfg, ["a", "b"])
 
 
 def test_context_tokens_need_a_tower(tmp_path):
-    path = write(tmp_path / "e.npz", ["a", "b"], l2_normalize(2, 16))
+    path = write_embeddings(tmp_path / "e.npz", ["a", "b"], unit_vectors(2, 16))
     cfg = load_config("", ["MODEL.TEXT.EMBEDDINGS", path, "MODEL.TEXT.CONTEXT_TOKENS", 8])
-    with pytest.raises(UserError, match="MODEL.TEXT.CONTEXT_TOKENS: needs a CLIP text tower"):
+    with pytest.raises(UserError, match="MODEL.TEXT.CONTEXT_TOKENS needs a CLIP text tower"):
         ClassText(cfg, ["a", "b"])

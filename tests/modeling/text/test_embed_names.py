@@ -1,4 +1,4 @@
-"""datasets/embed_names.py writes what MODEL.TEXT.EMBEDDINGS reads."""
+"""datasets/embed_names.py writes embeddings files for MODEL.TEXT.EMBEDDINGS."""
 
 import importlib.util
 import sys
@@ -30,9 +30,9 @@ def test_with_a_tower(tool, names, tower_model, tmp_path):
     out, templates = str(tmp_path / "out.npz"), ("a {}", "the {}")
     tool.main(["--tower", tower_model, "--names", names, "--out", out, "--template", "a {}", "--template", "the {}"])
     expected = TextTower(tower_model, "", templates).embed(["sidewalk", "car"], ["sidewalk", "car"])
-    own = EmbeddingTable(out, ["pavement", "car"])
-    torch.testing.assert_close(own.embed(["pavement", "car"], ["pavement", "car"]), expected, atol=1e-3, rtol=0)
-    assert own.words("pavement") == "sidewalk"
+    table = EmbeddingTable(out, ["pavement", "car"])
+    torch.testing.assert_close(table.embed(["pavement", "car"], ["pavement", "car"]), expected, atol=1e-3, rtol=0)
+    assert table.words("pavement") == "sidewalk"
 
 
 def test_with_a_sentence_model(tool, names, tmp_path, monkeypatch):
@@ -59,25 +59,25 @@ def test_with_a_sentence_model(tool, names, tmp_path, monkeypatch):
         tool.main(["--model", "m", "--names", names, "--out", out, "--template", long])
 
 
-def test_neither_the_names_nor_a_file_of_another_hand_is_overwritten(tool, tmp_path):
-    source, other = tmp_path / "names.npz", tmp_path / "mine.npz"
+def test_the_names_file_and_files_not_created_by_this_tool_are_not_overwritten(tool, tmp_path):
+    source, user_file = tmp_path / "names.npz", tmp_path / "mine.npz"
     source.write_text("car\n")
-    np.savez(other, mine=np.zeros(3))
+    np.savez(user_file, mine=np.zeros(3))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for out, words in (
         (source, "one of the files to read"),
         (tmp_path / "names", "one of the files to read"),
-        (other, "is already there"),
+        (user_file, "is already there"),
         (tmp_path / "mine", "is already there"),
     ):
         with pytest.raises(SystemExit, match=f"{out.name}.* {words}.* --out"):
             tool.main(["--tower", "none", "--names", str(source), "--out", str(out)])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    np.savez(other, **dict.fromkeys(("names", "texts", "embeddings", "model", "template"), np.zeros(1)))
-    tool.claim(str(other), [str(source)])  # made by an earlier version
+    np.savez(user_file, **dict.fromkeys(("names", "texts", "embeddings", "model", "template"), np.zeros(1)))
+    tool.claim(str(user_file), [str(source)])  # the arrays of an earlier version of the tool
 
 
-def test_a_users_mistakes(tool, names, tower_model, tmp_path, capsys):
+def test_invalid_options_are_reported(tool, names, tower_model, tmp_path, capsys):
     with pytest.raises(SystemExit, match="error: MODEL.TEXT.MODEL: open_clip has no model 'ViT'"):
         tool.main(["--tower", "ViT", "--names", names, "--out", str(tmp_path / "o.npz")])
     with pytest.raises(SystemExit, match="cannot read none.txt"):

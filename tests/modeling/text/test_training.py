@@ -1,4 +1,4 @@
-"""A run whose text and image towers are CLIP's: what is learned of the text is trained, kept and restored."""
+"""A training run with CLIP's text and image towers: which weights are trained, saved and restored."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.semi.conftest import make_cfg, shapes_root  # noqa: F401  (fixtures)
 
 
 def test_context_adapter_and_image_tower_train_and_resume(make_cfg, tower_model, tmp_path):  # noqa: F811
-    def trainer(iterations):
+    def make_trainer(iterations):
         return SemiSupervisedTrainer(
             make_cfg(
                 "MODEL.TEXT.EMBEDDINGS",
@@ -37,17 +37,17 @@ def test_context_adapter_and_image_tower_train_and_resume(make_cfg, tower_model,
             )
         )
 
-    first = trainer(2)
+    first = make_trainer(2)
     before = {name: value.clone() for name, value in first.student.state_dict().items()}
     first.train()
     after = first.student.state_dict()
-    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert {"text.context_embed.weight", "text.adapter.gamma", "text.adapter.out.weight"} <= moved
-    assert "text.mean" not in moved
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {"text.context_embed.weight", "text.adapter.gamma", "text.adapter.out.weight"} <= changed
+    assert "text.mean" not in changed
     tower = {name for name in after if name.startswith("backbone.tower.")}
-    assert tower & moved == {name for name in tower if ".attn." in name}
-    assert any(name.startswith("backbone.pyramid.") for name in moved)
-    second = trainer(4)  # the checkpoint is the end of a schedule: the rate is 0 for one more iteration
+    assert tower & changed == {name for name in tower if ".attn." in name}
+    assert any(name.startswith("backbone.pyramid.") for name in changed)
+    second = make_trainer(4)  # more than 1 extra iteration: at the end of the first schedule the learning rate is 0
     second.resume_or_load(resume=True)
     assert all(torch.equal(value, after[name]) for name, value in second.student.state_dict().items())
     second.train()

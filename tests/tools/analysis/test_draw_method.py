@@ -1,4 +1,4 @@
-"""Every figure of docs/how-it-works.md can be drawn of any network with the language modules."""
+"""Every figure of docs/how-it-works.md can be drawn for any network with the language modules."""
 
 import cv2
 import numpy as np
@@ -26,10 +26,10 @@ def test_all_figures(tmp_path, monkeypatch, capsys):
     assert tool.main([*call, "MODEL.CMSAM.ENABLED", "False"]) == 2
     assert "MODEL.CMSAM.ENABLED" in capsys.readouterr().err
     assert tool.main(["--image", "2", *call]) == 2
-    assert "shapes_val has the images 0 to 1" in capsys.readouterr().err
+    assert "shapes_val has images 0 to 1" in capsys.readouterr().err
 
 
-def test_zoom_shows_the_largest_part_and_stays_inside():
+def test_zoom_shows_the_largest_part_and_stays_inside_the_image():
     region = np.zeros((50, 100), bool)
     region[0, 0] = True
     region[40:, 90:] = True
@@ -39,8 +39,8 @@ def test_zoom_shows_the_largest_part_and_stays_inside():
     plt.close(figure)
 
 
-def test_one_sure_query_per_class_comes_first():
-    certain, kind = torch.tensor([0.5, 0.9, 0.8, 0.99]), torch.tensor([1, 0, 0, 2])
+def test_best_query_of_each_class_comes_first():
+    confidence, classes = torch.tensor([0.5, 0.9, 0.8, 0.99]), torch.tensor([1, 0, 0, 2])
     masks = torch.ones(4, 2, 2)
-    masks[3] = 0.1  # holds nothing
-    assert tool.surest(certain, kind, masks) == [1, 0, 2]
+    masks[3] = 0.1  # an empty mask
+    assert tool.most_confident_queries(confidence, classes, masks) == [1, 0, 2]

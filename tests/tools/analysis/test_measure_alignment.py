@@ -1,4 +1,4 @@
-"""The maps' quality by hand, what is switched off meanwhile, and the command."""
+"""Map quality checked by hand, the parts that are switched off, and the command line."""
 
 import json
 from types import SimpleNamespace
@@ -15,35 +15,35 @@ from tests.test_train_net import TINY
 from tools.analysis import measure_alignment as tool
 
 
-def test_quality_of_a_map():
+def test_quality_of_perfect_and_shifted_maps():
     label = np.zeros((40, 40), np.uint8)
     label[:, 20:] = 1
     maps = torch.stack((torch.from_numpy(label == 0), torch.from_numpy(label == 1))).float()
-    right, shifted = tool.Quality(2, 255), tool.Quality(2, 255)
-    right.update(label, maps, "label.png")
-    assert right.row("x") == {"x, mIoU": 100, "x, boundary mIoU": 100}
-    shifted.update(label, maps.roll(1, 2), "label.png")  # one column too far right; the last column becomes the first
+    perfect, shifted = tool.Quality(2, 255), tool.Quality(2, 255)
+    perfect.update(label, maps, "label.png")
+    assert perfect.row("x") == {"x, mIoU": 100, "x, boundary mIoU": 100}
+    shifted.update(label, maps.roll(1, 2), "label.png")  # one column to the right; the last column wraps around
     row = shifted.row("x")
     assert row["x, boundary mIoU"] < row["x, mIoU"] < 100
 
 
 class Stub:
-    """A network that is right, and whose pixel-text similarity are right where its maps are guided."""
+    """A network whose probabilities are correct, and whose pixel-text similarity is correct if upsampling is guided."""
 
     num_classes, device = 2, torch.device("cpu")
 
     def __init__(self, label, feature_exchange):
         self.truth = torch.nn.functional.one_hot(torch.from_numpy(label).long(), 2).permute(2, 0, 1)[None].float()
-        self.alignment, self.asked = SimpleNamespace(guided_upsampling=True, feature_exchange=feature_exchange), []
+        self.alignment, self.calls = SimpleNamespace(guided_upsampling=True, feature_exchange=feature_exchange), []
 
     def predict(self, image):
-        self.asked.append((self.alignment.guided_upsampling, self.alignment.feature_exchange))
-        scores = self.truth[..., ::4, ::4] if self.alignment.guided_upsampling else torch.zeros(1, 2, 8, 8)
-        return Probabilities(self.truth, torch.tensor([[0, 1]]), 2, pixel_text=scores)
+        self.calls.append((self.alignment.guided_upsampling, self.alignment.feature_exchange))
+        similarity = self.truth[..., ::4, ::4] if self.alignment.guided_upsampling else torch.zeros(1, 2, 8, 8)
+        return Probabilities(self.truth, torch.tensor([[0, 1]]), 2, pixel_text=similarity)
 
 
 @pytest.mark.parametrize("feature_exchange", [True, False])
-def test_each_part_is_switched_off_and_on_again(tmp_path, feature_exchange):
+def test_each_part_is_switched_off_and_restored(tmp_path, feature_exchange):
     label = np.zeros((32, 32), np.uint8)
     label[:16] = 1
     cv2.imwrite(str(tmp_path / "label.png"), label)
@@ -55,7 +55,7 @@ def test_each_part_is_switched_off_and_on_again(tmp_path, feature_exchange):
         "width": 32,
     }
     rows = tool.measure(network, [sample], 255)
-    assert network.asked == [(True, feature_exchange), (False, feature_exchange), (True, False)]
+    assert network.calls == [(True, feature_exchange), (False, feature_exchange), (True, False)]
     assert network.alignment == SimpleNamespace(guided_upsampling=True, feature_exchange=feature_exchange)
     assert [row["probabilities, mIoU"] for row in rows] == [100, 100, 100]
     assert [row["pixel-text similarity, mIoU"] for row in rows] == [100, 25, 100]

@@ -1,4 +1,4 @@
-"""The tool counts the right pairs, books a pixel that a distractor takes as a miss, and leaves every weight alone."""
+"""The tool counts the right pairs, counts a pixel lost to a distractor as an error, and changes no weight."""
 
 import json
 
@@ -18,8 +18,8 @@ from tools.analysis import measure_language as tool
 NAMES = ["sky", "road"]
 
 
-class Fake:
-    """A network that sees "sky" in the left half, "road" or, where it is asked for, "street" in the right one."""
+class FakeNetwork:
+    """Predicts "sky" in the left half of an image, and "road", or "street" if it is among the names, in the right."""
 
     device = torch.device("cpu")
 
@@ -42,8 +42,8 @@ class Fake:
         index = torch.tensor([[i for i, name in enumerate(self.class_names) if name in strength]])
         maps = torch.zeros(1, index.shape[1], *images.shape[2:])
         middle = images.shape[3] // 2
-        for place, i in enumerate(index[0].tolist()):
-            maps[0, place, :, :middle], maps[0, place, :, middle:] = strength[self.class_names[i]]
+        for position, i in enumerate(index[0].tolist()):
+            maps[0, position, :, :middle], maps[0, position, :, middle:] = strength[self.class_names[i]]
         return Probabilities(maps, index, self.num_classes, relevance)
 
 
@@ -60,24 +60,28 @@ def samples(tmp_path):
     return result
 
 
-def test_a_pixel_that_a_distractor_takes_is_a_miss(samples):
-    measurement = tool.Measurement(Fake(), NAMES, samples, trained=["piano"], top_k=3)
+def test_pixel_assigned_to_a_distractor_is_an_error(samples):
+    measurement = tool.Measurement(FakeNetwork(), NAMES, samples, trained=["piano"], top_k=3)
     assert measurement.network.trained_names == {"sky", "road", "piano"}
-    alone = measurement.evaluate(NAMES)
-    assert alone.miou == 100 and alone.other_share == 0
-    many = measurement.evaluate(NAMES, ["piano", "street"])
-    assert many.iou == [100, 0] and many.miou == 50
-    assert many.other_share == pytest.approx(100 * 24 / 72)  # the first image's right half, of 48 + 24 labeled pixels
-    assert many.kept.tolist() == [[True, True, False, True]] * 2
-    assert many.leading.sum(1).tolist() == [3, 3] and many.relevance[0, 2] == pytest.approx(0.01)
+    classes_only = measurement.evaluate(NAMES)
+    assert classes_only.miou == 100 and classes_only.other_share == 0
+    enlarged = measurement.evaluate(NAMES, ["piano", "street"])
+    assert enlarged.iou == [100, 0] and enlarged.miou == 50
+    assert enlarged.other_share == pytest.approx(
+        100 * 24 / 72
+    )  # the first image's right half, of 48 + 24 labeled pixels
+    assert enlarged.selected.tolist() == [[True, True, False, True]] * 2
+    assert enlarged.top_k.sum(1).tolist() == [3, 3] and enlarged.relevance[0, 2] == pytest.approx(0.01)
 
 
-def test_other_words_and_permuted_ones(samples):
-    measurement = tool.Measurement(Fake(), NAMES, samples)
+def test_synonyms_and_permuted_names(samples):
+    measurement = tool.Measurement(FakeNetwork(), NAMES, samples)
     original = measurement.evaluate(NAMES)
-    rows, words = tool.renamed(measurement, {"other": ["sky", "street"], "permuted": ["road", "sky"]}, original)
+    rows, word_rows = tool.renamed_classes(
+        measurement, {"other": ["sky", "street"], "permuted": ["road", "sky"]}, original
+    )
     assert [row["% of the original"] for row in rows] == [100, 0] and [row["changed"] for row in rows] == [1, 2]
-    assert words[0] == {
+    assert word_rows[0] == {
         "names": "other",
         "class": "road",
         "word": "street",
@@ -88,20 +92,22 @@ def test_other_words_and_permuted_ones(samples):
     }
 
 
-def test_chance_knows_frequencies_only():
+def test_chance_depends_on_class_frequencies_only():
     counts = [[30, 10, 0], [40, 20, 0], [0, 0, 0]]
-    found = tool.Found({"confusion_matrix": counts}, None, None, None, None, 0)
+    evaluation = tool.EvaluationResult({"confusion_matrix": counts}, None, None, None, None, 0)
     sky = 0.4 * 0.7 / (0.4 + 0.7 - 0.4 * 0.7)
     road = 0.6 * 0.3 / (0.6 + 0.3 - 0.6 * 0.3)
-    assert found.chance() == pytest.approx(100 * (sky + road) / 2)
+    assert evaluation.chance() == pytest.approx(100 * (sky + road) / 2)
 
 
-def test_suppression_counts_pairs_of_image_and_word():
+def test_suppression_counts_image_word_pairs():
     present = np.array([[True, False], [True, True]])
-    groups, shown = tool.word_groups(present, num_seen=1, num_unseen=1)
+    groups, present = tool.word_groups(present, num_seen=1, num_unseen=1)
     relevance = np.array([[0.9, 0.2, 0.01, 0.3], [0.8, 0.4, 0.06, 0.5]])
-    found = tool.Found({}, None, relevance, kept=relevance > 0.05, leading=relevance > 0.25, seconds=0)
-    rows = {row["words"]: row for row in tool.suppression(found, groups, shown, threshold=0.05)}
+    evaluation = tool.EvaluationResult(
+        {}, None, relevance, selected=relevance > 0.05, top_k=relevance > 0.25, seconds=0
+    )
+    rows = {row["words"]: row for row in tool.suppression(evaluation, groups, present, threshold=0.05)}
     assert [row["pairs"] for row in rows.values()] == [3, 1, 2, 2]
     seen, unseen = rows["distractors seen in training"], rows["distractors not seen"]
     assert rows["classes, present"]["kept"] == 100 and rows["classes, present"]["outranked by present"] is None
@@ -111,14 +117,15 @@ def test_suppression_counts_pairs_of_image_and_word():
     assert unseen["outranked by present"] == pytest.approx(200 / 3) and seen["outranked by present"] == 100
 
 
-def test_a_real_network_keeps_its_weights(samples):
+def test_network_keeps_its_weights(samples):
     network = make_network(classes=2, kind="hiervl", embeddings=torch.randn(5, TEXT_DIM)).eval()
     words = [f"class {k}" for k in range(5)]
     measurement = tool.Measurement(network, words[:2], samples, trained=words[2:3])
     original = measurement.evaluate(words[:2])
-    rows, found = tool.enlarged(measurement, words[2:], [1, 9], original)
+    rows, evaluation = tool.vocabulary_sizes(measurement, words[2:], [1, 9], original)
     assert [row["words"] for row in rows] == [2, 3, 5]
-    assert found.kept.shape == (2, 5) and len(found.result["classes"]) == 3 and found.text.shape == (5, TEXT_DIM)
+    assert evaluation.selected.shape == (2, 5) and evaluation.text.shape == (5, TEXT_DIM)
+    assert len(evaluation.result["classes"]) == 3
     network.decoder.query_feat.weight.data[0] += 1
     with pytest.raises(AssertionError, match="changed weights: .*query_feat"):
         measurement.evaluate(words[:2])
@@ -127,19 +134,19 @@ def test_a_real_network_keeps_its_weights(samples):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("first: {sky: heaven, rode: street}", "'rode' in the list 'first' is not a class"),
+        ("first: {sky: heaven, rode: street}", "'rode' in list 'first' is not a class"),
         ("sky: heaven", "needs lists of the form"),
-        ("{", "cannot be read"),
+        ("{", "cannot read --synonyms"),
     ],
 )
-def test_wrong_synonyms(tmp_path, text, message):
+def test_invalid_synonyms_are_refused(tmp_path, text, message):
     path = tmp_path / "words.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         tool.read_synonyms(str(path), NAMES)
 
 
-def test_synonyms_of_camvid_are_at_hand():
+def test_camvid_synonyms_are_included():
     from detectron2.data import MetadataCatalog
 
     lists = tool.read_synonyms("datasets/synonyms_camvid.yaml", MetadataCatalog.get("camvid_val").stuff_classes)

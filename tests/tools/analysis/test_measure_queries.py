@@ -1,4 +1,4 @@
-"""Used, duplicate and finding queries, counted by hand; and the command on a data set with instances."""
+"""Used queries, duplicates and found objects counted by hand; and the command on a data set with instances."""
 
 import json
 
@@ -14,29 +14,29 @@ from tools.analysis import measure_queries as tool
 
 
 def boxes(*corners):
-    """Masks (N, 8*8): True between (top, left) and (bottom, right)."""
+    """Masks (N, 8 * 8): True from (top, left) to (bottom, right), exclusive."""
     masks = torch.zeros(len(corners), 8, 8, dtype=torch.bool)
     for mask, (top, left, bottom, right) in zip(masks, corners):
         mask[top:bottom, left:right] = True
     return masks.flatten(1)
 
 
-def test_queries_are_counted():
+def test_used_duplicate_and_finding_queries_are_counted():
     masks = boxes((0, 0, 4, 4), (0, 0, 4, 4), (0, 0, 4, 4), (4, 4, 8, 8), (0, 0, 0, 0), (0, 4, 4, 8))
     classes = torch.tensor([0, 0, 1, 1, 0, 1])
-    certain = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.9, 0.2])  # the fifth has no mask, the sixth no object
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.9, 0.2])  # the fifth has an empty mask, the sixth is "no object"
     objects = [(0, boxes((0, 0, 4, 3))[0]), (2, boxes((4, 4, 8, 8))[0]), (1, boxes((0, 4, 2, 8))[0])]
     counts = tool.Counts(np.zeros(6, np.int64))
-    tool.count(counts, classes, certain, masks, objects, overlap=0.7)
+    tool.count(counts, classes, confidence, masks, objects, overlap=0.7)
     table = counts.table()
     assert table["used per image"] == 4 and table["% of them never used"] == pytest.approx(100 * 2 / 6)
-    assert table["% of the used that are duplicates"] == 25  # the second; the third is of another class
+    assert table["% of the used that are duplicates"] == 25  # the second; the third has a different class
     assert table["% of objects found, class right"] == pytest.approx(100 / 3)
     assert table["% of objects found, any class"] == pytest.approx(200 / 3)
     assert table["mean best IoU, %"] == pytest.approx(100 * (0.75 + 1 + 0) / 3)
 
 
-def test_an_image_in_which_nothing_is_used():
+def test_image_without_used_queries():
     counts = tool.Counts(np.zeros(2, np.int64))
     tool.count(
         counts,
@@ -52,16 +52,16 @@ def test_an_image_in_which_nothing_is_used():
     assert table["% of the used that are duplicates"] is None
 
 
-def test_objects_are_instances_or_else_class_regions(tmp_path):
-    label, numbers = np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint8)
+def test_objects_are_instances_or_class_regions_without_instance_map(tmp_path):
+    label, instance = np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint8)
     label[:, :4], label[0, 5] = 1, 255
-    numbers[:, :2], numbers[:, 2:4] = 1, 2
+    instance[:, :2], instance[:, 2:4] = 1, 2
     sample = {"sem_seg_file_name": str(tmp_path / "label.png")}
     cv2.imwrite(sample["sem_seg_file_name"], label)
     assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)[1]] == [(0, 7), (1, 16)]
     assert int(tool.true_objects(sample, 2, 1)[0].sum()) == 23  # one pixel is ignored
-    sample["instances_file_name"] = str(tmp_path / "numbers.png")
-    cv2.imwrite(sample["instances_file_name"], numbers)
+    sample["instances_file_name"] = str(tmp_path / "instances.png")
+    cv2.imwrite(sample["instances_file_name"], instance)
     assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 1)[1]] == [(1, 8), (1, 8)]
     assert [(k, int(mask.sum())) for k, mask in tool.true_objects(sample, 2, 2)[1]] == [(1, 8)]
 
