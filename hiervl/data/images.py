@@ -30,7 +30,7 @@ def read_image(path: str) -> np.ndarray:
 
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3), RGB, of a PIL image, turned as its EXIF orientation says."""
+    """Converts a PIL image to uint8 (H, W, 3) RGB, rotated according to its EXIF orientation."""
     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 

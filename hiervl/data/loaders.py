@@ -159,7 +159,7 @@ class SemiSupervisedBatches(Dataset):
         return self.mapper.labeled(self.labeled[index], crop_rng, want=(class_id, self.rare_class.min_pixels))
 
     def _unlabeled_list(self, iteration: int) -> list[dict]:
-        """This rank's unlabeled samples, followed by the partners that other ranks own."""
+        """This rank's unlabeled samples, followed by the partners that belong to other ranks."""
         total = self.unlabeled_per_batch
         slots = list(self._slots(total))
         partners = [_partner(slot, total) for slot in slots]
@@ -202,7 +202,7 @@ def _partner(slot: int, total: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, length: int, stream: str) -> np.ndarray:
-    """Permutation (length,) of one epoch. Cached, because every sample needs it and a batch spans few epochs."""
+    """Permutation (length,) of one epoch. Cached, because all samples of a batch need the same few epochs."""
     return rng(seed, epoch, 0, stream).permutation(np.arange(length, dtype=np.int32))
 
 

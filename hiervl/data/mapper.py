@@ -290,7 +290,7 @@ class TestMapper:
         return {**record, **self.from_array(read_image(record["file_name"]))}
 
     def from_array(self, image: np.ndarray) -> dict:
-        """The sample of an image in memory, uint8 (H, W, 3) RGB: ``image``, ``height``, ``width``."""
+        """Makes ``image``, ``height`` and ``width`` of a sample from an image in memory, uint8 (H, W, 3) RGB."""
         height, width = image.shape[:2]
         if self.short_side:
             factor = self.short_side / min(height, width)

@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention: one call, the fastest path this machine has.
+"""Multi-scale deformable attention, on the fastest implementation available.
 
-``ms_deform_attn`` uses the compiled kernel of the tensor's device when it has been built
-(``python -m hiervl.ops.build``) and plain PyTorch otherwise: the same numbers, one warning.
+``ms_deform_attn`` uses the compiled kernel for the tensor's device if it has been built
+(``python -m hiervl.ops.build``). Otherwise it warns once and uses plain PyTorch, with the same results.
 """
 
 from .function import ms_deform_attn

@@ -1,9 +1,9 @@
 """Build the kernels of the operators: ``python -m hiervl.ops.build``.
 
-The CPU kernel needs a C++20 compiler (``CXX``, else c++). The CUDA kernel is built as well when
-torch is a CUDA build, nvcc is there (``CUDA_HOME``, else the PATH), and it is known for which GPUs:
-``TORCH_CUDA_ARCH_LIST``, else those of this machine. A CUDA build that fails is reported and leaves
-the CPU kernel in place.
+The CPU kernel needs a C++20 compiler (``CXX``, or c++ by default). The CUDA kernel is also built if
+torch is a CUDA build, nvcc is found (in ``CUDA_HOME``, or on the PATH) and the target GPUs are known
+(from ``TORCH_CUDA_ARCH_LIST``, or those of this machine). If the CUDA build fails, the error is
+reported and the CPU kernel remains available.
 """
 
 import argparse
@@ -24,46 +24,46 @@ import torch
 from .extension import SOURCES, library_path
 
 TORCH = Path(torch.__file__).parent
-# The kernel is compiled once for each of these; which one runs is decided at run time. Flags like
-# -march=native would make a library that dies on another machine of the same cluster.
+# The kernel is compiled once for each instruction set, and the one to use is selected at run time.
+# With flags like -march=native, the library could crash on another machine of the same cluster.
 X86_INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
-# Without the last two a conversion or a comparison in a loop cannot become vector code.
+# Loops with conversions or comparisons are not vectorized without the last two flags.
 KERNEL_FLAGS = ["-O3", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 STANDARD = "-std=c++20"
 
 
 class BuildError(RuntimeError):
-    """A step of the build failed; the message says which and why."""
+    """A step of the build failed; the message names the step and the reason."""
 
 
 class BuildSkipped(RuntimeError):
-    """This machine has no use for, or no means of, the build; the message says why."""
+    """The build is impossible or pointless on this machine; the message says why."""
 
 
 def run(command: list[str | Path]) -> str:
-    """Run one command of the build and return what it printed; BuildError if it fails."""
-    words = [str(word) for word in command]
+    """Run one build command and return its output. Raises BuildError if it fails."""
+    arguments = [str(argument) for argument in command]
     try:
-        result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        result = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except FileNotFoundError as error:
-        raise BuildError(f"{words[0]}: no such program") from error
+        raise BuildError(f"{arguments[0]}: no such program") from error
     if result.returncode:
-        raise BuildError(f"{shlex.join(words)}\n{result.stdout}")
+        raise BuildError(f"{shlex.join(arguments)}\n{result.stdout}")
     return result.stdout
 
 
 def run_all(commands: list[list[str | Path]]) -> None:
-    """Run commands that do not depend on each other, as many at once as there are processors."""
+    """Run independent commands in parallel, one per processor."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands))
 
 
 def compiler() -> list[str]:
-    """The C++ compiler with the flags that every source gets."""
-    # at::parallel_for is a template: without -fopenmp in *this* compilation it runs on one thread.
+    """The C++ compiler command with the flags common to all sources."""
+    # at::parallel_for is a template, so it is single-threaded unless *this* compilation uses -fopenmp.
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     command = shlex.split(os.environ.get("CXX", "c++"))
@@ -71,7 +71,10 @@ def compiler() -> list[str]:
 
 
 def link(objects: list[Path], target: Path, libraries: list[str | Path]) -> None:
-    """Link into ``target`` under a temporary name first: running processes keep the file they have open."""
+    """Link to a temporary name, then rename to ``target``, so that running processes keep the old file.
+
+    Libraries for the same torch and platform from older sources are deleted.
+    """
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     torch_libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
@@ -81,7 +84,7 @@ def link(objects: list[Path], target: Path, libraries: list[str | Path]) -> None
         partial.unlink(missing_ok=True)
     for old in target.parent.glob(target.name.rsplit("-", 1)[0] + "-*.so"):
         if old != target:
-            old.unlink()  # the same torch and platform, older sources
+            old.unlink()
 
 
 def build_cpu(scratch: Path) -> None:
@@ -103,60 +106,60 @@ def build_cpu(scratch: Path) -> None:
 
 
 def require_cuda_torch() -> None:
-    """BuildSkipped on a torch for CPUs: it has no CUDA headers."""
+    """Raise BuildSkipped for a CPU-only torch, which has no CUDA headers."""
     if torch.version.cuda is None:
         raise BuildSkipped("this torch was built without CUDA")
 
 
 def find_nvcc() -> str:
-    """The nvcc to use; BuildSkipped if there is none."""
+    """Path of nvcc. Raises BuildSkipped if there is none."""
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():
-        raise BuildSkipped("there is no nvcc (neither CUDA_HOME/bin nor on the PATH)")
+        raise BuildSkipped("nvcc not found in CUDA_HOME/bin or on the PATH")
     return nvcc
 
 
 def toolkit_folder(nvcc: str) -> Path:
-    """The toolkit that ``nvcc`` belongs to, from its own mouth: on the PATH it may be a script that calls another."""
-    found = re.search(r"^#\$ TOP=(.+)$", run([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
-    if found is None:
-        raise BuildError(f"{nvcc} --dryrun does not say where its toolkit is")
-    return Path(found[1].strip()).resolve()
+    """The toolkit folder that nvcc itself reports, because nvcc may be a wrapper script outside its toolkit."""
+    match = re.search(r"^#\$ TOP=(.+)$", run([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
+    if match is None:
+        raise BuildError(f"{nvcc} --dryrun does not print the path of its toolkit (TOP=...)")
+    return Path(match[1].strip()).resolve()
 
 
 def architectures(text: str) -> list[str]:
-    """nvcc's flags for a list like ``"8.0;9.0+PTX"`` (the form of TORCH_CUDA_ARCH_LIST)."""
+    """nvcc flags for a list in the format of TORCH_CUDA_ARCH_LIST, like ``"8.0;9.0+PTX"``."""
     flags = []
     for name in re.split(r"[;,\s]+", text.strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if match is None:
-            raise BuildError(f"'{name}' is not a CUDA architecture; write for example 8.0;9.0+PTX")
+            raise BuildError(f"'{name}' is not a CUDA architecture; use the format 8.0;9.0+PTX")
         number = match[1] + match[2]
-        kinds = [f"sm_{number}"] + ([f"compute_{number}"] if match[3] else [])
-        flags += [f"-gencode=arch=compute_{number},code={kind}" for kind in kinds]
+        targets = [f"sm_{number}"] + ([f"compute_{number}"] if match[3] else [])
+        flags += [f"-gencode=arch=compute_{number},code={target}" for target in targets]
     return flags
 
 
-def wanted_architectures() -> str:
-    """The GPUs to build for; BuildSkipped if nobody named any and there are none."""
+def target_architectures() -> str:
+    """The GPU architectures to build for. Raises BuildSkipped if none are specified and there is no GPU."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if listed.strip():
         return listed
     if not torch.cuda.is_available():
-        raise BuildSkipped("there is no GPU here; name the target in TORCH_CUDA_ARCH_LIST to build for another machine")
+        raise BuildSkipped("no GPU found; set TORCH_CUDA_ARCH_LIST to build for another machine")
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
-def compile_cuda(scratch: Path, nvcc: str, wanted: str) -> tuple[list[Path], Path]:
-    """Compile the CUDA kernel and its binding; returns the objects and the toolkit's folder."""
+def compile_cuda(scratch: Path, nvcc: str, arch_list: str) -> tuple[list[Path], Path]:
+    """Compile the CUDA kernel and its binding. Returns the object files and the toolkit's folder."""
     toolkit = toolkit_folder(nvcc)
     release = re.search(r"release (\d+)\.", run([nvcc, "--version"]))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        raise BuildError(f"nvcc is of CUDA {release and release[1]}, torch of CUDA {torch.version.cuda}")
+        raise BuildError(f"nvcc is for CUDA {release and release[1]}, but torch for CUDA {torch.version.cuda}")
     kernel, binding = scratch / "cuda_kernel.o", scratch / "binding_cuda.o"
-    device = [nvcc, STANDARD, "-O3", "-Xcompiler", "-fPIC", *architectures(wanted)]
+    device = [nvcc, STANDARD, "-O3", "-Xcompiler", "-fPIC", *architectures(arch_list)]
     host = [*compiler(), "-O2", "-isystem", toolkit / "include"]
     run_all(
         [
@@ -170,14 +173,14 @@ def compile_cuda(scratch: Path, nvcc: str, wanted: str) -> tuple[list[Path], Pat
 def build_cuda(scratch: Path) -> None:
     """Compile and link the CUDA kernel."""
     require_cuda_torch()
-    objects, toolkit = compile_cuda(scratch, find_nvcc(), wanted_architectures())
-    # torch has loaded its own copy of the runtime; it has the same soname and is the one that is used.
+    objects, toolkit = compile_cuda(scratch, find_nvcc(), target_architectures())
+    # At run time, the CUDA runtime that torch has already loaded is used, because it has the same soname.
     folders = [f"-L{toolkit / name}" for name in ("lib64", "lib") if (toolkit / name).is_dir()]
     link(objects, library_path("cuda"), [*folders, "-lc10_cuda", "-lcudart"])
 
 
 def build(kind: str, force: bool) -> bool:
-    """Build one kernel ("cpu" or "cuda") unless it is up to date, and say so; false if it failed."""
+    """Build one kernel ("cpu" or "cuda") unless it is up to date, and print the outcome. Returns False on failure."""
     target = library_path(kind)
     if target.exists() and not force:
         print(f"{kind}: {target.name} is up to date")
@@ -190,18 +193,20 @@ def build(kind: str, force: bool) -> bool:
         print(f"{kind}: not built: {reason}")
         return True
     except (BuildError, OSError) as error:
-        print(f"{kind}: FAILED; ms_deform_attn will use the slow PyTorch path there\n{error}", file=sys.stderr)
+        print(f"{kind}: FAILED; ms_deform_attn will use the slow PyTorch path on this device\n{error}", file=sys.stderr)
         return False
     print(f"{kind}: {target.name} built in {time.perf_counter() - started:.0f} s")
     return True
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build what this machine can build; the exit status is 1 only when the CPU kernel failed."""
+    """Build all kernels that this machine can build. Returns the exit status, 1 only if the CPU build failed."""
     parser = argparse.ArgumentParser(prog="python -m hiervl.ops.build", description=__doc__)
-    parser.add_argument("--force", action="store_true", help="build also what is up to date")
-    parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA kernel out")
-    parser.add_argument("--check-cuda", metavar="ARCHS", help='only compile the CUDA sources, e.g. for "8.0;9.0"')
+    parser.add_argument("--force", action="store_true", help="rebuild kernels that are up to date")
+    parser.add_argument("--cpu-only", action="store_true", help="do not build the CUDA kernel")
+    parser.add_argument(
+        "--check-cuda", metavar="ARCHS", help='only check that the CUDA sources compile, e.g. for "8.0;9.0"'
+    )
     options = parser.parse_args(arguments)
     if options.check_cuda:
         try:

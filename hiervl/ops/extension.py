@@ -1,9 +1,9 @@
-"""The operators' registration with torch, and the compiled kernels behind them.
+"""Registers the operators with torch and loads their compiled kernels.
 
-The schemas, shapes (fake tensors), and derivative are declared here, so they are the same for all
-devices; the kernels come from shared objects beside this file, one for each device type. Their
-names carry torch's version and a digest of the sources: a kernel built for another torch, or from
-older sources, is not loaded but counts as absent.
+Schemas, output shapes (fake tensors) and derivatives are declared here, so they are the same for all
+devices. The kernels are in shared libraries next to this file, one for each device type. Library
+names contain torch's version and a digest of the sources, so a kernel that was built for another
+version of torch or from older sources is treated as missing.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ torch.library.define(
     "(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, SymInt[] level_start, Tensor sampling_locations, "
     "Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
 )
-# (K + 2, K + 1) int64: row K counts the ignored pixels, row K + 1 and column K what is out of range. CPU only.
+# Returns (K + 2, K + 1) int64: row K counts ignored pixels, row K + 1 and column K values out of range. CPU only.
 torch.library.define(
     "hiervl::confusion_counts", "(Tensor label, Tensor prediction, int num_classes, int ignore_label) -> Tensor"
 )
@@ -68,17 +68,17 @@ torch.library.register_autograd("hiervl::ms_deform_attn_backward", _no_second_de
 
 
 def library_path(device_type: str) -> Path:
-    """Where the kernel for ``device_type`` ("cpu" or "cuda") is expected, for this torch and these sources."""
-    other = "cuda" if device_type == "cpu" else "cpu"
+    """Path of the kernel library for ``device_type`` ("cpu" or "cuda"), the installed torch and current sources."""
+    other_device = "cuda" if device_type == "cpu" else "cpu"
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
-        if other not in source.name:
+        if other_device not in source.name:
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     tags = (device_type, f"torch{torch.__version__}", sysconfig.get_platform(), digest.hexdigest()[:12])
     return Path(__file__).parent / f"_{'-'.join(tags)}.so"
 
 
-_loaded: dict[str, bool] = {}  # device type -> whether its kernel can be called
+_loaded: dict[str, bool] = {}  # device type -> whether its kernel is available
 
 
 def _load(device_type: str) -> bool:
@@ -90,11 +90,14 @@ def _load(device_type: str) -> bool:
         except OSError as error:
             reason = f"{path.name} cannot be loaded ({error})"
     else:
-        others = list(path.parent.glob(f"_{device_type}-*.so"))
-        reason = "it was built from other sources or for another torch" if others else "it has not been built"
+        outdated = list(path.parent.glob(f"_{device_type}-*.so"))
+        if outdated:
+            reason = "the existing library was built from other sources or for another version of torch"
+        else:
+            reason = "it has not been built"
     warnings.warn(
-        f"the {device_type} kernels of hiervl.ops are missing: {reason}. The much slower PyTorch path is used; "
-        f"build them with `{BUILD_COMMAND}`.",
+        f"the {device_type} kernel of hiervl.ops is not available: {reason}. The much slower PyTorch path is used; "
+        f"build the kernel with `{BUILD_COMMAND}`.",
         stacklevel=2,
     )
     return False
@@ -102,7 +105,7 @@ def _load(device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def has_kernel(device_type: str) -> bool:
-    """Whether tensors on ``device_type`` have compiled kernels; loads them, or warns, at the first question."""
+    """Whether a compiled kernel is available for ``device_type``. The first call loads it, or warns if it cannot."""
     if device_type not in _loaded:
         _loaded[device_type] = _load(device_type) if device_type in ("cpu", "cuda") else False
     return _loaded[device_type]

@@ -1,4 +1,4 @@
-"""The one entry point of the operator: checks the arguments and picks the path."""
+"""Entry point of the operator: checks the arguments and selects the implementation."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ _reference_only = False
 
 @contextlib.contextmanager
 def reference_path() -> Iterator[None]:
-    """Within it the PyTorch path is used everywhere, also where a kernel is built: for comparisons."""
+    """Context manager that forces the PyTorch path even if a kernel is built, for comparisons."""
     global _reference_only
-    before, _reference_only = _reference_only, True
+    previous, _reference_only = _reference_only, True
     try:
         yield
     finally:
-        _reference_only = before
+        _reference_only = previous
 
 
 def _check(value: Tensor, shapes: Sequence, starts: Sequence, locations: Tensor, weights: Tensor) -> None:
-    """Raise TypeError or ValueError with one line that names the argument."""
+    """Raise TypeError or ValueError with a one-line message that names the argument."""
     for name, tensor in (("value", value), ("sampling_locations", locations), ("attention_weights", weights)):
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
@@ -59,25 +59,25 @@ def ms_deform_attn(
 ) -> Tensor:
     """Multi-scale deformable attention: a weighted sum of bilinear samples from a feature pyramid.
 
-    A location (0, 0) is the upper left corner of the upper left pixel of its level, (1, 1) the
-    lower right corner of the lower right one; what lies outside counts as zero. Sums are kept in
-    float32 at least. Locations and weights may have another float type than ``value`` (under
-    autocast they stay float32), and their gradients have that type.
+    Location (0, 0) is the top left corner of the top left pixel of a level, and (1, 1) the bottom
+    right corner of the bottom right pixel; the value outside is zero. Sums are accumulated in at
+    least float32. Locations and weights may have a different float type than ``value`` (under
+    autocast they stay float32); their gradients have the same type as they do.
 
     Args:
-        value: (B, S, H, D), float32, float64, float16 or bfloat16; all levels one after the other.
-        spatial_shapes: (height, width) of each of the L levels. A tensor (L, 2) is accepted, but on a
-            GPU reading it waits for the device.
+        value: (B, S, H, D), float32, float64, float16 or bfloat16; the levels are concatenated along S.
+        spatial_shapes: (height, width) of each of the L levels. A tensor (L, 2) is accepted, but
+            reading it from a GPU synchronizes with the device.
         level_start: row of ``value`` at which each level begins.
         sampling_locations: (B, Q, H, L, P, 2) as (x, y) in [0, 1].
         attention_weights: (B, Q, H, L, P).
 
     Returns:
-        (B, Q, H*D) in the type of ``value``.
+        (B, Q, H*D), of the same type as ``value``.
 
     Raises:
-        TypeError: an argument is not of a float type.
-        ValueError: shapes or devices do not fit together.
+        TypeError: an argument does not have one of the four float types.
+        ValueError: shapes or devices do not match.
     """
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = [tuple(shape) for shape in spatial_shapes.tolist()]

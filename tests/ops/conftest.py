@@ -1,4 +1,4 @@
-"""Inputs of the operator, and the CUDA source compiled for the host (once a session)."""
+"""Operator inputs, and the CUDA source compiled for the host (once per session)."""
 
 import ctypes
 import shutil
@@ -40,27 +40,27 @@ class Inputs:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small problems: threads would only wait for each other. Tests of threads set their own number."""
-    before = torch.get_num_threads()
+    """Uses one thread, because the problems are small. Tests of multithreading set the number themselves."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
 def make_inputs() -> Callable[..., Inputs]:
-    """Random inputs in float64; a share of the locations lies outside, at the border and far away."""
+    """Returns a function that makes random float64 inputs, some with locations outside, near and far."""
 
     def make(batch=2, shapes=((3, 5), (6, 4)), heads=2, width=8, queries=7, points=3, seed=0) -> Inputs:
         shapes = [tuple(shape) for shape in shapes]
         starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
         rows = sum(h * w for h, w in shapes)
-        random = torch.Generator().manual_seed(seed)
-        value = torch.randn(batch, rows, heads, width, generator=random, dtype=torch.float64)
-        places = (batch, queries, heads, len(shapes), points)
-        locations = torch.rand(*places, 2, generator=random, dtype=torch.float64) * 1.6 - 0.3
-        locations = torch.where(torch.rand(*places, 1, generator=random) < 0.05, locations * 1e4, locations)
-        weights = torch.rand(places, generator=random, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        value = torch.randn(batch, rows, heads, width, generator=generator, dtype=torch.float64)
+        sizes = (batch, queries, heads, len(shapes), points)
+        locations = torch.rand(*sizes, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
+        locations = torch.where(torch.rand(*sizes, 1, generator=generator) < 0.05, locations * 1e4, locations)
+        weights = torch.rand(sizes, generator=generator, dtype=torch.float64)
         return Inputs(value, shapes, starts, locations, weights)
 
     return make
@@ -68,29 +68,29 @@ def make_inputs() -> Callable[..., Inputs]:
 
 @pytest.fixture
 def kernel() -> None:
-    """Skip where the CPU kernel is not built."""
+    """Skips the test if the CPU kernel is not built."""
     if not has_kernel("cpu"):
         pytest.skip("the CPU kernel is not built: python -m hiervl.ops.build")
 
 
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory) -> Callable[..., ctypes.CDLL]:
-    """Compile the CUDA source for the host; ``bugs`` maps a text in it to what replaces it."""
+    """Returns a function that compiles the CUDA source for the host, after applying ``bugs``: (text, replacement)."""
     compiler = shutil.which("c++")
     built: dict[tuple, ctypes.CDLL] = {}
 
     def build(bugs: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL:
         if compiler is None:
-            pytest.skip("there is no C++ compiler")
+            pytest.skip("no C++ compiler found")
         if bugs not in built:
             folder = tmp_path_factory.mktemp("shim")
             text = (SOURCES / "cuda_kernel.cu").read_text()
-            for before, after in bugs:
-                assert text.count(before) == 1, f"the place of the planted bug has changed: {before}"
-                text = text.replace(before, after)
-            if bugs:  # float32 will do: a quarter of the compile time
-                for other in ("double", "Half", "BFloat16"):
-                    text = text.replace(f"ward<{other}>(problem", "ward<float>(problem")
+            for old, new in bugs:
+                assert text.count(old) == 1, f"the code to plant the bug in has changed: {old}"
+                text = text.replace(old, new)
+            if bugs:  # float32 is sufficient, and takes a quarter of the time to compile
+                for scalar_type in ("double", "Half", "BFloat16"):
+                    text = text.replace(f"ward<{scalar_type}>(problem", "ward<float>(problem")
             source, library = folder / "cuda_kernel.cu", folder / "shim.so"
             source.write_text(text)
             flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{HERE}", f"-I{SOURCES}"]

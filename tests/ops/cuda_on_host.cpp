@@ -1,27 +1,27 @@
-// The CUDA source compiled for the host, with an entry for ctypes; and kernels that test the shim.
+// Compiles the CUDA source for the host, with an entry point for ctypes, and kernels that test the shim.
 #include "simt_shim.h"
 
 #include HIERVL_CUDA_SOURCE
 
 namespace {
 
-// Sum of data[0..n) in four ways that must agree: shared memory with __syncthreads, shuffles, atomics.
+// Sums data[0..n) in three ways that must agree: shared memory with __syncthreads, shuffles, and atomics.
 __global__ void sum_kernel(const int* data, int n, int* by_shared, int* by_shuffle, int* by_atomic) {
   __shared__ int partial[1024];
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  const int mine = i < n ? data[i] : 0;
-  partial[threadIdx.x] = mine;
+  const int value = i < n ? data[i] : 0;
+  partial[threadIdx.x] = value;
   __syncthreads();
   for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
     __syncthreads();
   }
   if (threadIdx.x == 0) by_shared[blockIdx.x] = partial[0];
-  int sum = mine;
+  int sum = value;
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
   sum = __shfl_sync(0xffffffffu, sum, 0);
   if (threadIdx.x % 32 == 31) atomicAdd(by_shuffle, sum);
-  atomicAdd(by_atomic, mine);
+  atomicAdd(by_atomic, value);
 }
 
 // A barrier that thread 0 never reaches.
@@ -47,7 +47,7 @@ void simt_sum(const int* data, int n, int blocks, int threads, int* by_shared, i
 void simt_stuck() { HIERVL_LAUNCH((stuck_kernel), 1, 32, nullptr); }
 
 // sizes: batch, rows, heads, width, queries, points, levels, then start, h, w of each level.
-// types: of value, locations, weights. arrays: in the order of CudaProblem.
+// types: element types of value, locations and weights. arrays: in the order of CudaProblem.
 const char* run(int backward, const int64_t* sizes, const int* types, void** arrays, int threads) {
   hiervl::CudaProblem p{};
   p.batch = sizes[0], p.rows = sizes[1], p.heads = sizes[2], p.width = sizes[3], p.queries = sizes[4];

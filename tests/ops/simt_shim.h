@@ -1,9 +1,9 @@
-// Runs CUDA kernels on the host, so that the tests execute the very source that a GPU would.
+// Runs CUDA kernels on the host, so that tests execute the same source as a GPU.
 //
-// A block's threads are fibers on one OS thread, and blocks run one after the other. A thread runs
-// until it ends or meets a barrier (__syncthreads, or a shuffle: its warp's lanes must all arrive).
-// What a GPU would answer with a hang or with undefined data is an error here: a barrier that some
-// threads never reach, and a shuffle that names a lane which has ended.
+// The threads of a block are fibers on one OS thread, and blocks run one after another. A thread
+// runs until it ends or reaches a barrier (__syncthreads, or a shuffle, which waits for all lanes of
+// its warp). Two mistakes that cause a hang or undefined data on a GPU are errors here: a barrier
+// that some threads never reach, and a shuffle that includes a lane which has ended.
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +23,7 @@ namespace simt {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kSlotBytes = 16;  // the widest value a shuffle may move
+constexpr size_t kSlotBytes = 16;  // maximum size of a shuffled value
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kEnded };
 
@@ -32,12 +32,12 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = State::kReady;
   dim3 thread;
-  int shuffles = 0;  // so far; its parity picks the slots
+  int shuffles = 0;  // number so far; its parity selects the set of slots
   const char* waits_for = "";
 };
 
 struct Warp {
-  // Two sets of slots: a lane may write the next value while another still reads the last.
+  // Two sets, so that a lane can write its next value while another lane still reads the previous one.
   char slots[2][kWarpSize][kSlotBytes];
 };
 
@@ -50,7 +50,7 @@ struct Machine {
   int running_index = 0;
   int threads = 0;
   dim3 grid, block, block_index;
-  bool reversed = false;  // last thread first: what depends on the order comes out different
+  bool reversed = false;  // run the last thread first, to expose results that depend on the order
   std::string error;
 };
 
@@ -80,8 +80,8 @@ inline void wait_at(State state, const char* what) {
 inline bool all_in(int first, int last, State state, bool or_ended) {
   Machine& m = machine();
   for (int i = first; i < last; ++i) {
-    const State is = m.fibers[i]->state;
-    if (is != state && !(or_ended && is == State::kEnded)) return false;
+    const State fiber_state = m.fibers[i]->state;
+    if (fiber_state != state && !(or_ended && fiber_state == State::kEnded)) return false;
   }
   return true;
 }
@@ -93,7 +93,7 @@ inline void release(int first, int last, State state) {
   }
 }
 
-// Let every thread that can go on go on; false when none could.
+// Resumes each thread that is ready. Returns false if there was none.
 inline bool run_round() {
   Machine& m = machine();
   bool moved = false;
@@ -165,7 +165,7 @@ void launch(dim3 grid, dim3 block, Kernel kernel) {
   }
 }
 
-// The value of `source(lane)`, after all lanes have given theirs.
+// Returns the value of lane `source(lane)`, after all lanes have provided theirs.
 template <typename T, typename Source>
 T exchange(unsigned mask, T value, Source source, const char* what) {
   static_assert(sizeof(T) <= kSlotBytes, "a shuffle moves at most 16 bytes");
@@ -178,7 +178,7 @@ T exchange(unsigned mask, T value, Source source, const char* what) {
   memcpy(m.warps[first / kWarpSize].slots[set][lane], &value, sizeof(T));
   wait_at(State::kAtWarpBarrier, what);
   const int from = source(lane);
-  if (from < 0 || from >= lanes) return value;  // as the hardware does
+  if (from < 0 || from >= lanes) return value;  // as on the hardware
   T result;
   memcpy(&result, m.warps[first / kWarpSize].slots[set][from], sizeof(T));
   return result;

@@ -1,6 +1,6 @@
-"""The CUDA source, executed on the host behind simt_shim.h, against the CPU kernel and the reference.
+"""The CUDA source, executed on the host through simt_shim.h, against the CPU kernel and the reference.
 
-What a GPU adds (its memory model, its arithmetic) is out of reach here and left to test_ops_gpu.py.
+This cannot cover the memory model and arithmetic of a GPU; see test_ops_gpu.py for those.
 """
 
 import ctypes
@@ -84,8 +84,8 @@ def errors(device: HostDevice, inputs, grad_output, expected) -> list[float]:
     """Largest error of the output and of each gradient, relative to the largest element."""
     results = [device.forward(inputs), *device.backward(inputs, grad_output)]
     return [
-        ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-3)).nan_to_num(nan=torch.inf).item()
-        for got, want in zip(results, expected, strict=True)
+        ((result.double() - target).abs().max() / target.abs().max().clamp(min=1e-3)).nan_to_num(nan=torch.inf).item()
+        for result, target in zip(results, expected, strict=True)
     ]
 
 
@@ -119,12 +119,12 @@ def test_equals_the_cpu_kernel(make_inputs, cuda_on_host):
     assert max(errors(HostDevice(cuda_on_host(), 128), inputs, grad_output, expected)) < 1e-6
 
 
-def test_locations_may_be_finer_than_value(make_inputs, cuda_on_host):
+def test_locations_may_be_more_precise_than_value(make_inputs, cuda_on_host):
     inputs = make_inputs(width=16).map(torch.Tensor.float)
     inputs.value = inputs.value.bfloat16()
     grad_output = torch.randn(2, 7, 32).bfloat16()
-    found = errors(HostDevice(cuda_on_host(), 64), inputs, grad_output, expected_results(inputs, grad_output))
-    assert max(found[:2]) < 1e-2 and max(found[2:]) < 1e-5
+    relative_errors = errors(HostDevice(cuda_on_host(), 64), inputs, grad_output, expected_results(inputs, grad_output))
+    assert max(relative_errors[:2]) < 1e-2 and max(relative_errors[2:]) < 1e-5
 
 
 def test_gradcheck(make_inputs, cuda_on_host):
@@ -134,8 +134,8 @@ def test_gradcheck(make_inputs, cuda_on_host):
     assert torch.autograd.gradcheck(lambda *tensors: OnHost.apply(device, inputs, *tensors), leaves.tensors)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=["channel", "place", "shuffle"])
-def test_a_planted_bug_is_found(make_inputs, cuda_on_host, bug):
+@pytest.mark.parametrize("bug", BUGS, ids=["channel", "location", "shuffle"])
+def test_planted_bug_is_detected(make_inputs, cuda_on_host, bug):
     inputs = make_inputs(width=32, queries=3).map(torch.Tensor.float)
     grad_output = torch.randn(2, 3, 64)
     expected = expected_results(inputs, grad_output)
@@ -155,7 +155,7 @@ def test_shim_synchronizes_shuffles_and_adds(cuda_on_host):
         assert by_shared.sum() == by_shuffle == by_atomic == data.sum()
 
 
-def test_shim_reports_what_would_hang(cuda_on_host):
+def test_shim_reports_a_deadlock(cuda_on_host):
     library = cuda_on_host()
     library.simt_reset(0)
     library.simt_stuck()
@@ -163,21 +163,21 @@ def test_shim_reports_what_would_hang(cuda_on_host):
     library.simt_reset(0)
 
 
-@pytest.mark.parametrize("where", ["cuda source", "cpu kernel"])
-def test_elements_beyond_two_to_the_31(make_inputs, cuda_on_host, where, request):
-    """The last row of a value of more than 2**31 elements: only the pages that are touched cost memory."""
+@pytest.mark.parametrize("implementation", ["cuda source", "cpu kernel"])
+def test_value_with_more_than_2_to_the_31_elements(make_inputs, cuda_on_host, implementation, request):
+    """Samples only the last rows of the value, so that only the touched pages use memory."""
     rows, width = 2**15 + 4, 2**16 + 3
     try:
         value = torch.empty(1, rows, 1, width, dtype=torch.bfloat16)
     except RuntimeError:
-        pytest.skip("4 GB of address space cannot be had")
+        pytest.skip("cannot allocate 4 GB of address space")
     assert value.numel() > 2**31
     inputs = make_inputs(batch=1, shapes=[(2, 2)], heads=1, width=1, queries=1, points=1).map(torch.Tensor.bfloat16)
     small = torch.randn(1, 4, 1, width).bfloat16()
     value[:, -4:] = small
     inputs.value, inputs.starts = value, [rows - 4]
     inputs.locations = torch.full_like(inputs.locations, 0.4)
-    if where == "cuda source":
+    if implementation == "cuda source":
         output = HostDevice(cuda_on_host(), 128).forward(inputs)
     else:
         request.getfixturevalue("kernel")

@@ -1,4 +1,4 @@
-"""The CUDA kernel on a GPU against the CPU in float64. Runs only where there is a GPU and a built kernel."""
+"""The CUDA kernel on a GPU against the reference in float64 on the CPU. Skipped without a GPU or a built kernel."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hiervl.ops import ms_deform_attn
 from hiervl.ops.extension import has_kernel
 from hiervl.ops.reference import ms_deform_attn_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU found")
 
 
 @pytest.fixture(autouse=True)
@@ -27,15 +27,15 @@ def test_equals_the_reference(make_inputs, dtype, case):
     output, expected = ms_deform_attn(*device.args), ms_deform_attn_reference(*exact.args)
     grad_output = torch.randn_like(expected).to(dtype)
     results = [output, *torch.autograd.grad(output, device.tensors, grad_output.cuda())]
-    wanted = [expected, *torch.autograd.grad(expected, exact.tensors, grad_output.double())]
+    targets = [expected, *torch.autograd.grad(expected, exact.tensors, grad_output.double())]
     limit = {torch.float32: 1e-4, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
-    for got, want in zip(results, wanted, strict=True):
-        assert got.dtype == dtype
-        if want.numel():
-            assert (got.cpu().double() - want).abs().max() <= limit * want.abs().max().clamp(min=1e-3)
+    for result, target in zip(results, targets, strict=True):
+        assert result.dtype == dtype
+        if target.numel():
+            assert (result.cpu().double() - target).abs().max() <= limit * target.abs().max().clamp(min=1e-3)
 
 
-def test_nothing_waits_for_the_device(make_inputs):
+def test_no_call_synchronizes_with_the_device(make_inputs):
     leaves = make_inputs().map(lambda tensor: tensor.float().cuda().requires_grad_())
     ms_deform_attn(*leaves.args).sum().backward()  # loads the kernel, fills the allocator
     torch.cuda.set_sync_debug_mode("error")

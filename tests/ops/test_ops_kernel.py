@@ -1,4 +1,4 @@
-"""The CPU kernel against the float64 reference, and its behavior at the edges."""
+"""The CPU kernel against the float64 reference, and its behavior in edge cases."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.ops.conftest import Inputs
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
-# Allowed error of outputs and gradients relative to the largest element.
+# Maximum error of the output and of the gradients, relative to the largest element.
 TOLERANCE = {torch.float64: (1e-13, 1e-12), torch.float32: (1e-5, 1e-4)}
 TOLERANCE |= {torch.float16: (2e-3, 4e-3), torch.bfloat16: (1e-2, 2e-2)}
 SWEEP = [
@@ -21,7 +21,7 @@ SWEEP = [
     dict(width=13, heads=1, points=5),
     dict(width=64, heads=1),
     dict(width=100, shapes=[(5, 7)]),
-    dict(points=70, queries=3),  # more places than one block of the kernel
+    dict(points=70, queries=3),  # more sampling points than one block of the kernel holds
     dict(points=64, shapes=[(2, 2)], width=24),
     dict(shapes=[(1, 1), (1, 9), (9, 1), (0, 4), (2, 3)], queries=40),
 ]
@@ -34,26 +34,26 @@ def output_and_gradients(inputs, grad_output):
 
 
 def assert_close(results, expected, dtype):
-    for index, (got, want) in enumerate(zip(results, expected, strict=True)):
-        limit = TOLERANCE[dtype][min(index, 1)] * max(want.abs().max().item(), 1e-3)
-        assert (got.double() - want).abs().max().item() <= limit, f"result {index}"
+    for index, (result, target) in enumerate(zip(results, expected, strict=True)):
+        limit = TOLERANCE[dtype][min(index, 1)] * max(target.abs().max().item(), 1e-3)
+        assert (result.double() - target).abs().max().item() <= limit, f"result {index}"
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def instruction_set(request):
-    choose = torch.ops.hiervl.cpu_instruction_set
+    select = torch.ops.hiervl.cpu_instruction_set
     try:
-        choose(request.param)
+        select(request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
     yield request.param
-    choose("best")
+    select("best")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equals_the_reference(make_inputs, instruction_set, dtype):
     for seed, case in enumerate(SWEEP):
-        # Rounded first, so that both paths see the same numbers.
+        # Round first, so that both paths get the same numbers.
         inputs = make_inputs(**case, seed=seed).map(lambda tensor: tensor.to(dtype))
         exact = inputs.map(torch.Tensor.double)
         grad_output = torch.randn_like(ms_deform_attn_reference(*exact.args)).to(dtype)
@@ -75,15 +75,20 @@ def test_gradcheck(make_inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_number_of_threads(make_inputs, dtype):
+def test_results_are_bitwise_equal_for_any_number_of_threads(make_inputs, dtype):
     inputs = make_inputs(batch=1, heads=2, width=40, queries=200).map(lambda tensor: tensor.to(dtype))
     grad_output = torch.randn(1, 200, 80)
     results = []
-    for threads in (1, 2, 3, 8):  # 8: fewer heads than threads, so heads are split into groups of channels
+    for threads in (
+        1,
+        2,
+        3,
+        8,
+    ):  # with 8, there are more threads than heads, so heads are split into groups of channels
         torch.set_num_threads(threads)
         results.append(output_and_gradients(inputs, grad_output))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for multithreaded in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], multithreaded, strict=True))
 
 
 @pytest.mark.parametrize("value, locations, weights", [
@@ -92,7 +97,7 @@ def test_same_bits_for_any_number_of_threads(make_inputs, dtype):
     (torch.bfloat16, torch.float16, torch.float64),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("points", [3, 6])
-def test_each_input_has_a_type_of_its_own(make_inputs, instruction_set, points, value, locations, weights):
+def test_inputs_may_have_different_types(make_inputs, instruction_set, points, value, locations, weights):
     inputs = make_inputs(queries=50, points=points)
     inputs = Inputs(
         inputs.value.to(value), inputs.shapes, inputs.starts, inputs.locations.to(locations), inputs.weights.to(weights)
@@ -101,9 +106,9 @@ def test_each_input_has_a_type_of_its_own(make_inputs, instruction_set, points, 
     grad_output = torch.randn(2, 50, 16).to(value)
     results = output_and_gradients(inputs, grad_output)
     assert [result.dtype for result in results] == [value, value, locations, weights]
-    coarsest = max((value, locations, weights), key=lambda dtype: TOLERANCE[dtype])
+    least_precise = max((value, locations, weights), key=lambda dtype: TOLERANCE[dtype])
     with reference_path():
-        assert_close(results, output_and_gradients(exact, grad_output.double()), coarsest)
+        assert_close(results, output_and_gradients(exact, grad_output.double()), least_precise)
         same_types = output_and_gradients(inputs, grad_output)
     assert [result.dtype for result in same_types] == [result.dtype for result in results]
 
@@ -112,11 +117,11 @@ def test_non_contiguous_inputs(make_inputs):
     inputs = make_inputs()
     strided = inputs.map(lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1))
     assert not strided.value.is_contiguous()
-    expanded = torch.ones((), dtype=torch.float64).expand(2, 7, 16)  # as sum().backward() sends it
-    for got, want in zip(
+    expanded = torch.ones((), dtype=torch.float64).expand(2, 7, 16)  # as in sum().backward()
+    for result, target in zip(
         output_and_gradients(strided, expanded), output_and_gradients(inputs, expanded.contiguous()), strict=True
     ):
-        assert torch.equal(got, want)
+        assert torch.equal(result, target)
 
 
 @pytest.mark.parametrize(
@@ -144,17 +149,17 @@ def test_locations_that_are_not_finite_count_as_outside(make_inputs):
     assert not output.any() and not any(grad.any() for grad in grads)
 
 
-def test_a_value_that_is_not_read_does_not_matter(make_inputs):
+def test_nan_in_values_that_are_not_sampled_has_no_effect(make_inputs):
     inputs = make_inputs(shapes=[(4, 4)])
     inputs.value[:, 8:] = float("nan")  # the lower half
     inputs.locations[..., 1] = inputs.locations[..., 1].clamp(-0.5, 0.2)
     assert output_and_gradients(inputs, torch.ones(2, 7, 16))[0].isfinite().all()
 
 
-def test_wrong_arguments_are_named(make_inputs):
+def test_error_names_the_invalid_argument(make_inputs):
     inputs = make_inputs()
     value, shapes, starts, locations, weights = inputs.args
-    wrong = [
+    cases = [
         (TypeError, "value must be float32", (value.long(), shapes, starts, locations, weights)),
         (TypeError, "attention_weights must be float32", (value, shapes, starts, locations, weights.int())),
         (ValueError, "value must be .B, S, H, D.", (value[0], shapes, starts, locations, weights)),
@@ -165,12 +170,12 @@ def test_wrong_arguments_are_named(make_inputs):
         (ValueError, "level 1 .6x4 from row 16. does not fit into 39", (value, shapes, [0, 16], locations, weights)),
         (ValueError, "sampling_locations is on meta", (value, shapes, starts, locations.to("meta"), weights)),
     ]
-    for error, message, args in wrong:
+    for error, message, args in cases:
         with pytest.raises(error, match=message):
             ms_deform_attn(*args)
 
 
-def test_the_registered_operator_checks_for_itself(make_inputs):
+def test_the_registered_operator_also_checks_its_arguments(make_inputs):
     value, _, starts, locations, weights = make_inputs().args
     op = torch.ops.hiervl.ms_deform_attn
     with pytest.raises(RuntimeError, match="does not fit into the 39 rows"):
@@ -188,8 +193,8 @@ def test_second_derivative_is_refused(make_inputs):
         grad.sum().backward()
 
 
-def test_memory_is_the_output_and_at_most_as_much_again(make_inputs):
-    """The scratch of all threads together is no larger than the output, whatever the number of queries."""
+def test_scratch_memory_is_at_most_the_size_of_the_output(make_inputs):
+    """The scratch memory of all threads together does not exceed the output, for any number of queries."""
     torch.set_num_threads(2)
     for queries in (10, 100, 1000, 4000):
         inputs = make_inputs(batch=1, shapes=[(32, 32)], heads=8, width=32, queries=queries, points=16)

@@ -1,4 +1,4 @@
-"""The PyTorch path against loops written from the definition, and against recorded numbers of Mask2Former."""
+"""The PyTorch path against loops that follow the definition, and against recorded results of Mask2Former."""
 
 import math
 from pathlib import Path
@@ -13,8 +13,8 @@ from hiervl.ops.reference import ms_deform_attn_reference
 PARITY = Path(__file__).parents[3] / "shared" / "parity" / "mask2former.pt"
 
 
-def by_loops(inputs):
-    """One multiplication after the other."""
+def loop_reference(inputs):
+    """The definition, with one Python iteration per sampling point. Returns (B, Q, H*D)."""
     value, shapes, starts, locations, weights = inputs.args
     batch, queries, heads, levels, points = weights.shape
     output = value.new_zeros(batch, queries, heads, value.shape[3])
@@ -25,20 +25,20 @@ def by_loops(inputs):
         for row in (math.floor(y), math.floor(y) + 1):
             for column in (math.floor(x), math.floor(x) + 1):
                 if 0 <= row < height and 0 <= column < width:
-                    share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[b, q, h, level, p]
-                    output[b, q, h] += share * value[b, starts[level] + row * width + column, h]
+                    weight = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[b, q, h, level, p]
+                    output[b, q, h] += weight * value[b, starts[level] + row * width + column, h]
     return output.flatten(2)
 
 
 def test_equals_the_definition(make_inputs):
     inputs = make_inputs()
-    assert torch.allclose(ms_deform_attn_reference(*inputs.args), by_loops(inputs), rtol=0, atol=1e-12)
+    assert torch.allclose(ms_deform_attn_reference(*inputs.args), loop_reference(inputs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", ["reference", "kernel"])
 def test_equals_mask2former(path, request):
     if not PARITY.exists():
-        pytest.skip("../shared/parity/mask2former.pt is not there")
+        pytest.skip("../shared/parity/mask2former.pt does not exist")
     if path == "kernel":
         request.getfixturevalue("kernel")
     recorded = torch.load(PARITY, weights_only=True)["op"]

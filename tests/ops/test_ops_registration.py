@@ -1,4 +1,4 @@
-"""The operator inside torch: opcheck, torch.compile, autocast; and without its kernel."""
+"""The operator in torch (opcheck, torch.compile, autocast), its fallback without a kernel, and the build."""
 
 import subprocess
 import sys
@@ -26,13 +26,13 @@ def test_compile_without_graph_breaks(make_inputs, monkeypatch, request, built):
         monkeypatch.setitem(extension._loaded, "cpu", False)
     torch._dynamo.reset()
     compiled = torch.compile(ms_deform_attn, backend="aot_eager", fullgraph=True)
-    for queries in (7, 9):  # the second size is compiled with a symbolic number of queries
+    for queries in (7, 9):  # the second call compiles with a symbolic number of queries
         leaves = make_inputs(queries=queries).map(lambda tensor: tensor.requires_grad_())
         eager, traced = (
             torch.autograd.grad(f(*leaves.args).square().sum(), leaves.tensors) for f in (ms_deform_attn, compiled)
         )
-        for want, got in zip(eager, traced, strict=True):
-            assert torch.allclose(got, want, rtol=0, atol=1e-12)
+        for expected, result in zip(eager, traced, strict=True):
+            assert torch.allclose(result, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -47,7 +47,7 @@ def test_autocast_keeps_each_type(make_inputs):
     assert locations.grad.dtype == weights.grad.dtype == torch.float32
 
 
-def test_without_kernel_there_is_one_warning(make_inputs, monkeypatch, tmp_path):
+def test_missing_kernel_warns_once(make_inputs, monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "_loaded", {})
     monkeypatch.setattr(extension, "library_path", lambda device: tmp_path / f"_{device}-none.so")
     inputs = make_inputs()
@@ -59,7 +59,7 @@ def test_without_kernel_there_is_one_warning(make_inputs, monkeypatch, tmp_path)
     assert "has not been built" in str(caught[0].message) and extension.BUILD_COMMAND in str(caught[0].message)
 
 
-def test_a_file_that_is_no_library_does_not_stop_anything(make_inputs, monkeypatch, tmp_path):
+def test_invalid_library_file_only_warns(make_inputs, monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "_loaded", {})
     broken = tmp_path / "_cpu-broken.so"
     broken.write_bytes(b"not a library")
@@ -68,20 +68,20 @@ def test_a_file_that_is_no_library_does_not_stop_anything(make_inputs, monkeypat
         ms_deform_attn(*make_inputs().args)
 
 
-def test_reference_path_ends_with_its_block():
+def test_reference_path_is_reset_after_an_exception():
     with pytest.raises(ValueError), function.reference_path():
         assert function._reference_only
         raise ValueError
     assert not function._reference_only
 
 
-def test_a_kernel_for_another_torch_is_not_loaded(monkeypatch):
-    ours = extension.library_path("cpu")
+def test_library_name_depends_on_the_torch_version(monkeypatch):
+    current_path = extension.library_path("cpu")
     monkeypatch.setattr(torch, "__version__", "1.2.3")
-    assert extension.library_path("cpu") != ours and "torch1.2.3" in extension.library_path("cpu").name
+    assert extension.library_path("cpu") != current_path and "torch1.2.3" in extension.library_path("cpu").name
 
 
-def test_failed_build_says_why_and_leaves_the_import_alone(monkeypatch, tmp_path, capsys):
+def test_failed_build_reports_the_reason_and_leaves_no_files(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(build, "library_path", lambda kind: tmp_path / f"_{kind}-x.so")
     monkeypatch.setenv("CXX", f"{sys.executable} -c 'raise SystemExit(\"no compiler today\")'")
     assert build.main(["--cpu-only"]) == 1
@@ -92,7 +92,7 @@ def test_failed_build_says_why_and_leaves_the_import_alone(monkeypatch, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_cuda_build_is_no_failure(monkeypatch, tmp_path, capsys):
+def test_failed_cuda_build_does_not_change_the_exit_status(monkeypatch, tmp_path, capsys):
     cpu = tmp_path / "_cpu-x.so"
     cpu.touch()
     monkeypatch.setattr(build, "library_path", lambda kind: tmp_path / f"_{kind}-x.so")
@@ -103,7 +103,7 @@ def test_failed_cuda_build_is_no_failure(monkeypatch, tmp_path, capsys):
     assert "cuda: FAILED" in capsys.readouterr().err and cpu.exists()
 
 
-def test_toolkit_of_an_nvcc_that_is_a_script(tmp_path):
+def test_toolkit_folder_of_an_nvcc_wrapper_script(tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho '#$ _HERE_=/usr'\necho '#$ TOP={tmp_path}/bin/..'\n")
     nvcc.chmod(0o755)
@@ -119,8 +119,8 @@ def test_architecture_list():
         build.architectures("Ampere")
 
 
-def test_sources_name_no_machine():
-    """What a user builds must run on another machine, and no shared inline code may leave an object."""
+def test_build_is_portable_across_machines():
+    """A built library must run on other machines, so no weak inline symbol may contain AVX code."""
     flags = " ".join(flag for flags in build.X86_INSTRUCTION_SETS.values() for flag in flags)
     assert "native" not in flags + " ".join(build.KERNEL_FLAGS)
     libraries = list(extension.SOURCES.parent.glob("_cpu-*.so"))
@@ -128,6 +128,6 @@ def test_sources_name_no_machine():
         pytest.skip("the CPU kernel is not built")
     symbols = subprocess.run(["nm", "-C", "--defined-only", libraries[0]], capture_output=True, text=True)
     if symbols.returncode:
-        pytest.skip("nm is not there")
-    shared = [line for line in symbols.stdout.splitlines() if " W " in line and "avx" in line]
-    assert not shared
+        pytest.skip("nm not found")
+    weak_avx_symbols = [line for line in symbols.stdout.splitlines() if " W " in line and "avx" in line]
+    assert not weak_avx_symbols

@@ -1,4 +1,4 @@
-// The checks that keep a call of the operator inside its arrays, for the CPU and the CUDA binding.
+// Argument checks of the CPU and CUDA bindings, which ensure that the kernels stay within their arrays.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -46,8 +46,9 @@ inline Arguments check_arguments(const at::Tensor& value, at::IntArrayRef spatia
               " level starts for ", spatial_shapes.size() / 2, " spatial shapes");
   TORCH_CHECK(value.device() == locations.device() && value.device() == weights.device(),
               "ms_deform_attn: all tensors must be on one device");
-  // Rows and places are counted in 32 bits, sizes must be exact in float32.
-  TORCH_CHECK(a.rows < INT32_MAX && n_levels * a.points < (1 << 24), "ms_deform_attn: too many rows or places");
+  // Rows and sampling points are counted in 32 bits, and sizes must be exact in float32.
+  TORCH_CHECK(a.rows < INT32_MAX && n_levels * a.points < (1 << 24),
+              "ms_deform_attn: too many rows or sampling points");
   for (int64_t l = 0; l < n_levels; ++l) {
     const int64_t h = spatial_shapes[2 * l], w = spatial_shapes[2 * l + 1], start = level_start[l];
     TORCH_CHECK(h >= 0 && w >= 0 && h < (1 << 24) && w < (1 << 24) && start >= 0 && start + h * w <= a.rows,

@@ -1,4 +1,4 @@
-// The operator for CPU tensors: checks, memory, threads and the choice of the instruction set.
+// The operator for CPU tensors: checks, memory, threads and selection of the instruction set.
 // The arithmetic is in cpu_kernel.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -36,8 +36,8 @@ std::atomic<int>& instruction_set() {
   return current;
 }
 
-// The name of the instruction set in use; a name as argument is chosen first ("best" for the
-// widest of this processor). For tests and benchmarks.
+// Returns the name of the instruction set in use, after selecting the requested one unless the request
+// is empty. "best" selects the widest set of this processor. For tests and benchmarks.
 std::string cpu_instruction_set(const std::string& request) {
   if (request == "best") {
     instruction_set() = best_instruction_set();
@@ -62,7 +62,7 @@ CpuKernel kernel_for(ScalarType type) {
   return baseline::cpu_kernel(type);
 }
 
-// Size and first row of the level of each of the L*P places, in tables of place order.
+// Size and first row of the level of each of the L*P places, as tables indexed by place.
 struct PlaceTables {
   std::vector<int> height, width, start;
 
@@ -88,16 +88,16 @@ CpuProblem make_problem(const Arguments& a, const PlaceTables& tables, const at:
   return p;
 }
 
-constexpr int64_t kGrain = 64;  // (query, head) pairs below which a thread is not worth waking
+constexpr int64_t kGrain = 64;  // minimum number of (query, head) pairs per thread
 
-// Memory of one thread for `count` sums, aligned to a vector. 16-bit types sum in float.
+// Vector-aligned memory of one thread for `count` sums. 16-bit types are accumulated in float.
 at::Tensor scratch(const at::Tensor& value, int64_t count) {
   const auto type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return at::empty({count}, value.options().dtype(type));
 }
 
-// Whether each head's rows are packed before they are read: when they are read often enough, and
-// when the packed heads of all threads together are not larger than the output.
+// Whether to pack each head's rows before reading them. This is done if they are read often enough and
+// if the packed heads of all threads together are not larger than the output.
 bool worth_packing(const CpuProblem& p, const at::Tensor& value) {
   const int64_t reads = 4 * p.queries * p.places, bytes = value.element_size();
   const int64_t packed = at::get_num_threads() * p.rows * p.width * std::max<int64_t>(bytes, 4);
@@ -105,7 +105,7 @@ bool worth_packing(const CpuProblem& p, const at::Tensor& value) {
   return packed <= output && reads >= 4 * p.rows;
 }
 
-// Run `pass` over all (image, head, query) on all threads.
+// Runs `pass` over all (image, head, query) on all threads.
 void for_items(void (*pass)(const CpuProblem&, int64_t, int64_t, void*), const CpuProblem& problem,
                const at::Tensor& value) {
   const bool pack = worth_packing(problem, value);
@@ -115,12 +115,12 @@ void for_items(void (*pass)(const CpuProblem&, int64_t, int64_t, void*), const C
   });
 }
 
-// The sum over queries into grad_value: each (image, head), or each group of its channels when
-// there are more threads than heads, belongs to one thread, and queries come in order. So there is
-// no race, and the result does not depend on the number of threads.
+// Sums over queries into grad_value. Each (image, head) belongs to one thread or, if there are more
+// threads than heads, each group of its channels does. Queries are processed in order. So there are no
+// races, and the result does not depend on the number of threads.
 void backward_value(const CpuKernel& kernel, const CpuProblem& problem, const at::Tensor& value) {
   const int64_t heads = problem.batch * problem.heads;
-  constexpr int64_t kCacheLine = 16;  // channels: two threads never write one cache line
+  constexpr int64_t kCacheLine = 16;  // in channels; two threads never write to the same cache line
   const int64_t most = (problem.width + kCacheLine - 1) / kCacheLine;
   const int64_t groups = std::min(most, (at::get_num_threads() + heads - 1) / heads);
   const int64_t lines = (most + groups - 1) / groups;

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Nothing is read back from the device and nothing copied to it: no call waits.
+// Nothing is copied to or from the device, so no call synchronizes with it.
 CudaProblem make_problem(const Arguments& a, const at::Tensor& value, const at::Tensor& locations,
                          const at::Tensor& weights) {
   TORCH_CHECK(a.levels.size() <= kMaxLevels, "ms_deform_attn: at most ", kMaxLevels, " levels on CUDA, got ",
@@ -56,7 +56,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const c10::cuda::CUDAGuard guard(value_in.device());
   const auto grad_output = grad_output_in.contiguous();
   const auto value = value_in.contiguous(), locations = locations_in.contiguous(), weights = weights_in.contiguous();
-  // 16-bit types would lose most of a long sum, so it is kept in float32 and rounded once.
+  // A long sum in a 16-bit type would lose most of its precision, so it is accumulated in float32 and
+  // rounded once.
   const auto exact = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor grad_value = at::zeros_like(value, value.options().dtype(exact));
   at::Tensor grad_locations = at::empty_like(locations), grad_weights = at::empty_like(weights);

@@ -1,4 +1,4 @@
-// Counts pixels by (class in the ground truth, class predicted), for CPU tensors of integers.
+// Counts pixels by (ground-truth class, predicted class), for integer CPU tensors.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -10,30 +10,30 @@
 namespace hiervl {
 namespace {
 
-// Label maps are smooth: neighbors fall into one cell, and each increment waits for the one before
-// it. So neighbors count in copies of the table, where these are small.
+// Label maps are smooth, so neighboring pixels often increment the same cell, and each increment would
+// wait for the previous one. If the table is small, neighbors therefore use different copies of it.
 constexpr int64_t kCopies = 8;
 constexpr int64_t kSmallTable = int64_t{1} << 15;  // cells
-constexpr int64_t kBlock = 1024;  // pixels whose cells are numbered at a time, in vector code
-constexpr int64_t kGrain = int64_t{1} << 16;  // pixels below which a thread is not worth waking
-constexpr int64_t kMostClasses = int64_t{1} << 15;  // cells are numbered in 32 bits
+constexpr int64_t kBlock = 1024;  // pixels whose cell indices are computed at a time, in vector code
+constexpr int64_t kGrain = int64_t{1} << 16;  // minimum number of pixels per thread
+constexpr int64_t kMostClasses = int64_t{1} << 15;  // cell indices have 32 bits
 
-// What the numbers are compared in. `int` allows vector code on every processor, 16 bits twice as
-// wide.
+// The type for comparisons. `int` vectorizes on every processor, and 16 bits give twice as many lanes.
 template <typename T>
 using Wide = std::conditional_t<sizeof(T) == 1, int16_t, std::conditional_t<sizeof(T) == 8, int64_t, int>>;
 
-// A number of classes as what values of type T are compared with: no byte reaches 256.
+// The number of classes as an upper bound for values of type T. It is clamped to 256 for bytes.
 template <typename T>
 Wide<T> bound(int classes) {
   return sizeof(T) == 1 ? std::min(classes, 256) : classes;
 }
 
-// Row K holds the ignored pixels, row K + 1 and column K what is out of range.
+// Computes the cell index of each pixel. Row K is for ignored pixels, row K + 1 and column K for values out
+// of range.
 template <typename Cell, typename Label, typename Prediction>
 void number_cells(const Label* __restrict label, const Prediction* __restrict prediction, int64_t count, int classes,
                   int ignore_label, Cell* __restrict cell) {
-  // A label that a byte cannot hold matches nothing, as -1 does.
+  // An ignore label that does not fit into a byte matches no pixel, just like -1.
   const bool out_of_reach = sizeof(Label) == 1 && (ignore_label < 0 || ignore_label > 255);
   const Wide<Label> ignored = out_of_reach ? -1 : ignore_label, labels = bound<Label>(classes);
   const Wide<Prediction> guesses = bound<Prediction>(classes);
@@ -47,7 +47,7 @@ void number_cells(const Label* __restrict label, const Prediction* __restrict pr
   }
 }
 
-// Adds the pixels to `copies` of a table that lie `distance` apart, 0 where there is only one.
+// Adds the pixels to kCopies tables that are `distance` apart; with distance 0, to a single table.
 template <typename Cell, typename Label, typename Prediction>
 void add_pixels(const Label* label, const Prediction* prediction, int64_t pixels, int classes, int ignore_label,
                 int64_t* table, int64_t distance) {
@@ -70,7 +70,7 @@ void count(const Label* label, const Prediction* prediction, int64_t pixels, int
   const bool narrow = sizeof(Label) == 1 && sizeof(Prediction) == 1 && cells <= 1 << 16;
   const auto add = narrow ? add_pixels<uint16_t, Label, Prediction> : add_pixels<int, Label, Prediction>;
   std::mutex adding;
-  // Clearing and adding up the tables must not cost more than the counting.
+  // Clearing and summing the tables must not take longer than counting.
   at::parallel_for(0, pixels, std::max(kGrain, std::max<int64_t>(copies, 4) * cells), [&](int64_t begin, int64_t end) {
     at::Tensor tables = at::zeros({copies, cells}, at::kLong);
     int64_t* table = tables.mutable_data_ptr<int64_t>();
@@ -83,7 +83,7 @@ void count(const Label* label, const Prediction* prediction, int64_t pixels, int
   });
 }
 
-// Call f with a pointer of the tensor's element type.
+// Calls f with a pointer of the tensor's element type.
 template <typename F>
 void with_data(const at::Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {

@@ -1,5 +1,5 @@
-// The CPU kernel. Compiled once for each instruction set (HIERVL_ISA names it), so nothing in it
-// may leave a shared inline function behind: the linker could keep the copy of the wrong set.
+// The CPU kernel. It is compiled once for each instruction set (HIERVL_ISA), so it must not emit shared
+// inline functions: the linker could keep the copy for the wrong instruction set.
 #include "cpu_kernel.h"
 
 #include "cpu_places.h"
@@ -9,8 +9,8 @@ namespace hiervl {
 namespace HIERVL_ISA {
 namespace {
 
-// A loop over the channels of a row in pieces whose width the compiler knows: 8, 4, 2, 1 vectors,
-// then parts of a vector. `body.run<N, V>(c)` handles V vectors of N lanes from channel c on.
+// Loops over the channels of a row in pieces of constant width: 8, 4, 2 and 1 vectors, then parts of a
+// vector. `body.run<N, V>(c)` processes V vectors of N lanes from channel c on.
 template <int N, int V, typename Body>
 HIERVL_INLINE void run_pieces(int64_t first, int64_t last, const Body& body) {
   for (; last - first >= N * V; first += N * V) body.template run<N, V>(first);
@@ -28,7 +28,7 @@ struct Kernel {
 
   static int64_t row_stride(const CpuProblem& problem) { return problem.heads * problem.width; }
 
-  // Channel 0 of row 0 of one of batch * heads, in an array shaped like value.
+  // Offset of channel 0 of row 0 for one of batch * heads, in an array shaped like value.
   static int64_t head_offset(const CpuProblem& problem, int64_t head) {
     return head / problem.heads * problem.rows * row_stride(problem) + head % problem.heads * problem.width;
   }
@@ -38,7 +38,7 @@ struct Kernel {
     return (head / problem.heads * problem.queries + query) * problem.heads + head % problem.heads;
   }
 
-  // Start loading the row of output, or of its gradient, that comes kAhead queries later.
+  // Prefetches the row of output, or of its gradient, that is needed kAhead queries later.
   static void prefetch_row(const CpuProblem& problem, const T* row) {
     prefetch_bytes(row + kAhead * row_stride(problem), 0, problem.width * sizeof(T));
   }
@@ -54,8 +54,8 @@ struct Kernel {
     }
   };
 
-  // Split items [begin, end) at the heads, and give each part its rows of value: packed in the
-  // scratch if there is one. `f(head, first query, last query, rows, distance of two rows)`.
+  // Splits items [begin, end) by head and calls f(head, first query, last query, rows, row stride) for
+  // each part. `rows` points to the head's rows of value, packed into the scratch memory unless it is null.
   template <typename F>
   static void for_each_head(const CpuProblem& problem, int64_t begin, int64_t end, void* scratch, const F& f) {
     while (begin < end) {
@@ -84,7 +84,7 @@ struct Kernel {
     Places<A>& places;
     const S* value;
     int64_t stride;
-    int64_t offset;  // of the first place of this (query, head)
+    int64_t offset;  // offset of the first place of this (query, head)
     T* output;
 
     template <int N, int V>
@@ -101,7 +101,7 @@ struct Kernel {
 
     template <int N, int V>
     HIERVL_INLINE void add_block(const S* rows, int count, Vector<A, N> total[V]) const {
-      // Two sums for each vector while there are registers for it: one would wait for itself.
+      // Two sums per vector if there are enough registers, because additions to a single sum depend on each other.
       constexpr int kSums = V >= 8 ? 1 : 2;
       Vector<A, N> sum[kSums][V];
       for (int v = 0; v < V; ++v) {
@@ -203,7 +203,7 @@ struct Kernel {
         A weight[4];
         for (int c = 0; c < 4; ++c) row[c] = rows + places.row[c][i] * distance, weight[c] = places.weight[c][i];
         for (int c = 0; c < 4; ++c) {
-          // A corner outside the level has the row of one inside and weight 0: harmless.
+          // A corner outside the level has a clamped row and weight 0, so adding it has no effect.
           for (int v = 0; v < V; ++v) store<N>(load<N>(row[c] + v * N) + weight[c] * grad[v], row[c] + v * N);
         }
       }

@@ -1,5 +1,5 @@
-// Blocks of sampled places as arrays, so that the arithmetic on them becomes vector code. Part of
-// cpu_kernel.cpp: everything here is compiled once for each instruction set.
+// Blocks of places (sampling points) as structures of arrays, so that their arithmetic vectorizes.
+// Part of cpu_kernel.cpp: everything here is compiled once for each instruction set.
 #pragma once
 
 #include <type_traits>
@@ -12,23 +12,22 @@ namespace hiervl {
 namespace HIERVL_ISA {
 namespace {
 
-constexpr int kBlock = 64;  // places of one (query, head) handled at a time
+constexpr int kBlock = 64;  // places of one (query, head) processed at a time
 
-// What the passes need of places: all of them `row` and `any`; those that read or sum up rows of
-// value `weight`; the one that makes gradients of locations and weights what comes after it.
+// Data of a block of places. All passes use `row` and `any`. Passes that read value or accumulate
+// its gradient also use `weight`; the pass for gradients of locations and weights uses the rest.
 template <typename A>
 struct alignas(64) Places {
-  int row[4][kBlock];   // of each corner, over all levels
+  int row[4][kBlock];   // row of each corner, over all levels
   int any[kBlock];
-  A weight[4][kBlock];  // of each corner, times attention
+  A weight[4][kBlock];  // bilinear weight of each corner, times attention
   A attention[kBlock];
   A inside[4][kBlock], x_fraction[kBlock], y_fraction[kBlock];
-  A dot[4 * kBlock];    // <output gradient, corner>, four of each place
+  A dot[4 * kBlock];    // <output gradient, corner>, four for each place
 };
 
-// From a query to the next of the same head is a stride that the processor does not foresee, so what
-// the query this many turns later reads and writes is fetched early. Saves a quarter of the forward
-// pass and half of the backward pass.
+// Number of queries to prefetch ahead. Hardware prefetchers do not predict the stride between queries
+// of the same head. Prefetching saves a quarter of the forward pass and half of the backward pass.
 constexpr int64_t kAhead = 4;
 
 HIERVL_INLINE int64_t type_size(ScalarType type) {
@@ -51,7 +50,7 @@ HIERVL_INLINE void prefetch_places(const CpuProblem& problem, int64_t offset, co
   prefetch_bytes(weights, ahead * weight, problem.places * weight);
 }
 
-// Call f with the array cast to its element type.
+// Calls f with the array cast to its element type.
 template <typename Pointer, typename F>
 HIERVL_INLINE void with_type(ScalarType type, Pointer data, const F& f) {
   constexpr bool kConst = std::is_const_v<std::remove_pointer_t<Pointer>>;
@@ -65,7 +64,7 @@ HIERVL_INLINE void with_type(ScalarType type, Pointer data, const F& f) {
 
 template <typename A>
 struct Geometry {
-  // Places that one turn of the vector code handles.
+  // Places processed by one iteration of the vector code.
   static constexpr int kGroup = kVectorBytes / sizeof(A) < 8 ? 8 : kVectorBytes / sizeof(A);
   static_assert(kGroup <= kPlacePadding && kBlock % kGroup == 0, "tables are read, places written in whole vectors");
   using V = Vector<A, kGroup>;
@@ -81,8 +80,8 @@ struct Geometry {
     memcpy(to, &narrow_integers, sizeof(narrow_integers));
   }
 
-  // Find the footprints of places [first, first + count) of a (query, head) whose places begin at
-  // `offset`, and their weights or else, for gradients, what these are made of.
+  // Computes the footprints of places [first, first + count) of a (query, head) whose places begin
+  // at `offset`. Also stores their weights or, with kGradients, the factors of the weights.
   template <bool kGradients>
   static __attribute__((noinline)) void locate(const CpuProblem& problem, int64_t offset, int first, int count,
                                                Places<A>& p) {
@@ -119,7 +118,7 @@ struct Geometry {
     }
   }
 
-  // From the four dot products of each place to the gradients of its location and weight.
+  // Computes the gradients of each place's location and weight from its four dot products.
   static __attribute__((noinline)) void write_gradients(const CpuProblem& problem, int64_t offset, int first,
                                                         int count, const Places<A>& p) {
     prefetch_places(problem, offset, problem.grad_locations, problem.grad_weights);

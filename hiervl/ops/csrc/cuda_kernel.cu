@@ -1,4 +1,4 @@
-// The CUDA kernels. No torch header is included: the file compiles in seconds, and the tests
+// The CUDA kernels. No torch headers are included, so the file compiles in seconds and the tests can
 // compile it for the host, where HIERVL_LAUNCH runs a kernel on fibers.
 #include "cuda_kernel.h"
 
@@ -12,9 +12,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kMaxBlocks = 1 << 20;  // what is beyond is done by the grid-stride loops
+constexpr int64_t kMaxBlocks = 1 << 20;  // grid-stride loops process the remaining work
 
-// Which rows and places belong to one of batch * queries * heads.
+// Offsets into the arrays for one of batch * queries * heads.
 struct Item {
   int64_t value;   // element of channel 0 of row 0 of this image and head, in value
   int64_t output;  // element of channel 0, in output
@@ -40,13 +40,13 @@ HIERVL_INLINE Place<A> read_place(const CudaProblem& p, const Level& level, int6
   return {footprint(x, y, level.h, level.w), load_as<A>(p.weights, p.weight_type, place)};
 }
 
-// N neighboring channels, moved by one instruction.
+// N adjacent channels, loaded or stored by one instruction.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T item[N];
 };
 
-// One thread: N channels of one (image, query, head).
+// Each thread computes N channels of one (image, query, head).
 template <typename T, int N>
 __global__ void forward_kernel(CudaProblem p) {
   using A = typename Accumulate<T>::type;
@@ -78,16 +78,16 @@ __global__ void forward_kernel(CudaProblem p) {
   }
 }
 
-// The sum of x over the lanes of a group (a power of two of neighboring lanes), in each of them.
+// The sum of x over the lanes of a group, in each of these lanes. A group is a power of two of adjacent lanes.
 template <typename A>
 __device__ A group_sum(A x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
 }
 
-// One group of lanes: one (image, query, head), its channels dealt out to the lanes. The gradients
-// of a place have one writer; those of value are added up with atomics, so their last bits depend
-// on the order of the threads.
+// Each group of lanes processes one (image, query, head), with its channels distributed over the lanes.
+// The gradients of a place have one writer. Those of value are summed with atomics, so their last bits
+// depend on the order of the threads.
 template <typename T>
 __global__ void backward_kernel(CudaProblem p, int group) {
   using A = typename Accumulate<T>::type;
@@ -95,7 +95,7 @@ __global__ void backward_kernel(CudaProblem p, int group) {
   const int64_t total = p.batch * p.queries * p.heads, stride = p.heads * p.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * groups_per_block;
   const int64_t group_in_block = threadIdx.x / group;
-  // All lanes of a warp take the same turns, also those of a group without work: shuffles need them.
+  // All lanes of a warp run the same iterations, including those of idle groups, because shuffles need them.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * groups_per_block; first < total; first += step) {
     const bool active = first + group_in_block < total;
     const Item item = item_at(p, active ? first + group_in_block : 0);
@@ -119,7 +119,7 @@ __global__ void backward_kernel(CudaProblem p, int group) {
             if (f.inside[c] != A(0)) atomicAdd(grad_value + at, weight[c] * grad);
           }
         }
-        // Linear in the dot products, so the lanes' shares can be added afterwards: three sums, not four.
+        // The gradients are linear in the dot products, so summing them over lanes takes three sums, not four.
         PlaceGradient<A> g = place_gradient(f.inside, f.x_fraction, f.y_fraction, dot, place.attention,
                                             level.h, level.w);
         g.x = group_sum(g.x, group);
@@ -153,7 +153,7 @@ bool aligned(const CudaProblem& p) {
 
 template <typename T>
 const char* forward(const CudaProblem& p, int threads, cudaStream_t stream) {
-  constexpr int kPack = 16 / sizeof(T);  // the widest load of a thread
+  constexpr int kPack = 16 / sizeof(T);  // the widest load that a thread can do
   const int64_t work = p.batch * p.queries * p.heads * p.width;
   if (aligned<T, kPack>(p)) {
     HIERVL_LAUNCH((forward_kernel<T, kPack>), blocks_for(work / kPack, threads), threads, stream, p);

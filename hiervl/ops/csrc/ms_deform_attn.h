@@ -1,5 +1,5 @@
-// The arithmetic of multi-scale deformable attention, for one sampled place. The CPU kernel, the
-// CUDA kernel and the host run of the CUDA kernel in the tests are all built on these functions.
+// The arithmetic of multi-scale deformable attention for one place, which is what the kernels call a
+// sampling point. The CPU kernel, the CUDA kernel and its host build in the tests all use it.
 #pragma once
 
 #include "scalar_types.h"
@@ -13,8 +13,8 @@ struct Level {
   int w;
 };
 
-// What the arithmetic below needs to know of its number type. A is float or double here: one place
-// at a time. vector.h adds vectors, with which the CPU kernel handles 8 or 16 places at once.
+// Operations of a number type that the arithmetic below needs. Here, A is float or double, for one
+// place at a time. vector.h adds vectors, with which the CPU kernel processes 8 or 16 places at once.
 template <typename A>
 struct Lanes {
   using Real = A;
@@ -28,17 +28,17 @@ struct Lanes {
   }
 };
 
-// The four pixels around one place. Corner 0 is (y0, x0), 1 (y0, x1), 2 (y1, x0), 3 (y1, x1).
+// The four pixels around a place. Corner 0 is (y0, x0), 1 is (y0, x1), 2 is (y1, x0), 3 is (y1, x1).
 template <typename A>
 struct Footprint {
-  typename Lanes<A>::Integer row[4];  // y * w + x; a corner outside is moved to the nearest one inside
-  A inside[4];                        // 1, or 0 for a corner outside the level: it counts as zero
+  typename Lanes<A>::Integer row[4];  // y * w + x; corners outside are clamped to the level
+  A inside[4];                        // 1, or 0 for a corner outside the level
   A x_fraction;                       // position between x0 and x1
   A y_fraction;
-  typename Lanes<A>::Mask any;  // false: all corners are outside, and row[] is not to be read
+  typename Lanes<A>::Mask any;  // false if all corners are outside; row[] must not be used then
 };
 
-// Where (x, y) in [0, 1] falls in a level of h*w pixels whose centers are at (i + 0.5) / size.
+// Footprint of location (x, y) in [0, 1] in a level of h*w pixels, with centers at (i + 0.5) / size.
 template <typename A, typename Integer>
 HIERVL_INLINE Footprint<A> footprint(A x, A y, Integer h, Integer w) {
   using L = Lanes<A>;
@@ -47,11 +47,11 @@ HIERVL_INLINE Footprint<A> footprint(A x, A y, Integer h, Integer w) {
   const A height = L::real(h), width = L::real(w);
   const A column = x * width - Real(0.5), line = y * height - Real(0.5);
   Footprint<A> f;
-  // False for NaN as well; what fails must not be turned into an integer. At exactly -1 the sample
-  // is 0 but its derivative is not, as in grid_sample. An empty level has no row to read.
+  // Also false for NaN. Locations that fail this test must not be converted to integers. At exactly
+  // -1, the sample is 0 but its derivative is not, as in grid_sample. An empty level has no rows.
   f.any = (column >= Real(-1)) & (column < width) & (line >= Real(-1)) & (line < height) & (h > 0) & (w > 0);
   const A safe_column = L::select(f.any, column, zero), safe_line = L::select(f.any, line, zero);
-  // Rounded down; conversion to an integer rounds toward zero.
+  // Round down; the conversion to an integer rounds toward zero.
   const Integer x_zero = L::truncate(safe_column), y_zero = L::truncate(safe_line);
   const Integer x0 = L::select(safe_column < L::real(x_zero), x_zero - 1, x_zero);
   const Integer y0 = L::select(safe_line < L::real(y_zero), y_zero - 1, y_zero);
@@ -72,7 +72,7 @@ HIERVL_INLINE Footprint<A> footprint(A x, A y, Integer h, Integer w) {
   return f;
 }
 
-// Share of each corner in the sample, times `scale`.
+// Bilinear weight of each corner, times `scale`.
 template <typename A>
 HIERVL_INLINE void corner_weights(const Footprint<A>& f, A scale, A weight[4]) {
   using Real = typename Lanes<A>::Real;
@@ -86,13 +86,13 @@ HIERVL_INLINE void corner_weights(const Footprint<A>& f, A scale, A weight[4]) {
 
 template <typename A>
 struct PlaceGradient {
-  A x;          // to the location, in units of [0, 1]
+  A x;          // of the location, in units of [0, 1]
   A y;
-  A attention;  // to the attention weight
+  A attention;  // of the attention weight
 };
 
-// Gradients of one place from dot[c] = <output gradient, corner c>, its attention weight and the
-// size of its level. `inside`, `x_fraction` and `y_fraction` are those of its footprint.
+// Gradients of a place, given dot[c] = <output gradient, corner c>, its attention weight and the size
+// of its level. `inside`, `x_fraction` and `y_fraction` are those of its footprint.
 template <typename A, typename Integer>
 HIERVL_INLINE PlaceGradient<A> place_gradient(const A inside[4], A x_fraction, A y_fraction, const A dot[4],
                                               A attention, Integer h, Integer w) {

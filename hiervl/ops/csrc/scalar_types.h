@@ -1,4 +1,4 @@
-// Names of the element types, and 16-bit floats that need neither torch nor CUDA on the host.
+// The element types, with 16-bit floats that need neither torch nor CUDA on the host.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,8 @@
 #include <cuda_fp16.h>
 #endif
 
-// On the host every function below is always inlined: the CPU kernel is compiled once for each
-// instruction set, and an out-of-line copy built for a newer one could be the copy the linker keeps.
+// On the host, every function below is always inlined. The CPU kernel is compiled once for each
+// instruction set, and the linker could keep an out-of-line copy that needs a newer one.
 #if defined(__CUDACC__)
 #define HIERVL_INLINE __host__ __device__ __forceinline__
 #else
@@ -27,7 +27,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type sums are kept in: float at least.
+// The accumulation type: at least float.
 template <typename T>
 struct Accumulate {
   using type = float;
@@ -57,7 +57,7 @@ HIERVL_INLINE float widen(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Moved into float's fields the exponent is 112 too small; a product mends it, subnormals too.
+  // In float's bit layout, the exponent is too small by 112. Scaling corrects this, also for subnormals.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const bool finite = magnitude < (0x7c00u << 13);
@@ -86,11 +86,11 @@ HIERVL_INLINE void narrow(float x, Half* out) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   uint32_t result;
   if (magnitude > 0x7f800000u) {
-    result = 0x7e00u;  // not a number
+    result = 0x7e00u;  // NaN
   } else if (magnitude >= 0x477ff000u) {
     result = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 puts the unit of half's last place at the end of the significand.
+    // Subnormal: adding 0.5 aligns the last bit of half with the last bit of float's significand.
     result = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     result = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -99,9 +99,9 @@ HIERVL_INLINE void narrow(float x, Half* out) {
 #endif
 }
 
-// Element i of an array whose type is known at run time only: sampling locations and weights may
-// be float32 beside a 16-bit value (autocast), and one more template parameter would triple the
-// kernels. The branch takes the same side for every element.
+// Element i of an array whose type is known only at run time. Sampling locations and weights may be
+// float32 while value has 16 bits (autocast), and another template parameter would triple the number
+// of kernels. The branch is predictable, because it is the same for every element.
 template <typename A>
 HIERVL_INLINE A load_as(const void* data, ScalarType type, int64_t i) {
   switch (type) {

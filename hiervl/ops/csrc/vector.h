@@ -1,5 +1,5 @@
-// Fixed-width vectors on the compiler's vector extension: the same source becomes SSE, AVX2,
-// AVX-512 or NEON. Everything is inlined (see HIERVL_INLINE).
+// Fixed-width vectors, based on the compiler's vector extension: the same source compiles to SSE,
+// AVX2, AVX-512 or NEON. Everything is inlined (see HIERVL_INLINE).
 #pragma once
 
 #include <stddef.h>
@@ -18,7 +18,7 @@ namespace hiervl {
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #else
-constexpr int kVectorBytes = 32;  // two registers each where the machine's are 16 bytes
+constexpr int kVectorBytes = 32;  // uses two registers where registers have 16 bytes
 #endif
 
 template <typename A, int N>
@@ -83,7 +83,7 @@ HIERVL_INLINE void store(Vector<double, N> v, double* p) {
   memcpy(p, &v, sizeof(v));
 }
 
-// narrow(float, BFloat16*) on all lanes.
+// narrow(float, BFloat16*) for all lanes.
 template <int N>
 HIERVL_INLINE void store(Vector<float, N> v, BFloat16* p) {
   using Bits = Vector<uint32_t, N>;
@@ -116,7 +116,7 @@ HIERVL_INLINE void store(Vector<float, N> v, Half* p) {
   for (int i = 0; i < N; ++i) narrow(v[i], p + i);
 }
 
-// The first `count` of N elements, zeros behind them; and back. Nothing past `count` is touched.
+// Load the first `count` of N elements, followed by zeros, and store them. Nothing past `count` is accessed.
 template <int N, typename T>
 HIERVL_INLINE auto load_first(const T* p, int count) {
   using Wide = decltype(widen(*p));
@@ -151,7 +151,7 @@ HIERVL_INLINE void store_first(Vector<decltype(widen(T{})), N> v, T* p, int coun
   for (int i = 0; i < count; ++i) narrow(v[i], p + i);
 }
 
-// The first `count` of N elements of any type as a vector of A; none if it is negative, all from N on.
+// Loads the first `count` of N elements of any type as a vector of A. `count` is clamped to [0, N].
 template <typename A, int N, typename T>
 HIERVL_INLINE Vector<A, N> load_to(const T* p, int count) {
   return __builtin_convertvector(count < N ? load_first<N>(p, count < 0 ? 0 : count) : load<N>(p), Vector<A, N>);
@@ -164,7 +164,7 @@ HIERVL_INLINE Vector<int32_t, N> load(const int32_t* p) {
   return v;
 }
 
-// The first `count` lanes of a vector of A as elements of any type.
+// Stores the first `count` lanes of a vector of A as elements of any type. `count` is clamped to [0, N].
 template <typename A, int N, typename T>
 HIERVL_INLINE void store_to(Vector<A, N> v, T* p, int count) {
   const auto wide = __builtin_convertvector(v, Vector<decltype(widen(*p)), N>);
@@ -172,7 +172,7 @@ HIERVL_INLINE void store_to(Vector<A, N> v, T* p, int count) {
   store<N>(wide, p);
 }
 
-// Several places at once in ms_deform_attn.h. Integers are as wide as the reals, as masks are.
+// Lanes for processing several places at once. Integers and masks have the same width as the reals.
 template <typename A, typename I, int N>
 struct VectorLanes {
   using Real = A;
@@ -204,7 +204,7 @@ HIERVL_INLINE V shuffle(V a, V b, decltype(a == b) index) {
 #endif
 }
 
-// The lanes 0, 1, 2, ...
+// The vector (0, 1, 2, ...).
 template <typename V>
 HIERVL_INLINE typename Lanes<V>::Integer lane_numbers() {
   typename Lanes<V>::Integer number{};
@@ -212,7 +212,7 @@ HIERVL_INLINE typename Lanes<V>::Integer lane_numbers() {
   return number;
 }
 
-// (x0, y0, x1, y1, ...) in two vectors to (x0, x1, ...) and (y0, y1, ...), and back.
+// Splits (x0, y0, x1, y1, ...) in two vectors into (x0, x1, ...) and (y0, y1, ...), and the inverse.
 template <typename V>
 HIERVL_INLINE void deinterleave(V a, V b, V* x, V* y) {
   const auto lane = lane_numbers<V>();
@@ -229,8 +229,8 @@ HIERVL_INLINE void interleave(V x, V y, V* a, V* b) {
   *b = shuffle(x, y, from + kLanes / 2);
 }
 
-// The kLane..., or those that come as many lanes later: halves of a vector. By memory they would take
-// the way over the stack.
+// The lower half of a vector (lanes kLane...) or the upper half. Going through memory instead would
+// spill the vector to the stack.
 template <bool kUpper, typename V, size_t... kLane>
 HIERVL_INLINE auto half_of(V v, std::index_sequence<kLane...>) {
   constexpr size_t first = kUpper ? sizeof...(kLane) : 0;
@@ -242,14 +242,15 @@ HIERVL_INLINE auto half_of(V v, std::index_sequence<kLane...>) {
 #endif
 }
 
-// A vector of half as many lanes: those of the lower half plus those of the upper one.
+// The sum of the lower and the upper half of a vector.
 template <typename A, int N>
 HIERVL_INLINE Vector<A, N / 2> folded(Vector<A, N> v) {
   const auto lanes = std::make_index_sequence<N / 2>{};
   return half_of<false>(v, lanes) + half_of<true>(v, lanes);
 }
 
-// Of each four lanes of a and of b the two from `first` on: a's, then b's; or one of each in turn.
+// For each group of four lanes, takes two lanes from `first` on of a and of b: first those of a, then those
+// of b; or alternating if `in_turn`.
 template <typename A, int N>
 HIERVL_INLINE Vector<A, N> pairs(Vector<A, N> a, Vector<A, N> b, int first, bool in_turn) {
   decltype(a == b) index{};
@@ -260,7 +261,7 @@ HIERVL_INLINE Vector<A, N> pairs(Vector<A, N> a, Vector<A, N> b, int first, bool
   return shuffle(a, b, index);
 }
 
-// The sum of each of four vectors.
+// The sums over the lanes of four vectors.
 template <typename A, int N>
 HIERVL_INLINE Vector<A, 4> horizontal_sums(const Vector<A, N> v[4]) {
   if constexpr (N < 4) {
@@ -270,7 +271,7 @@ HIERVL_INLINE Vector<A, 4> horizontal_sums(const Vector<A, N> v[4]) {
     }
     return sums;
   } else {
-    // Each four lanes are to hold a part of the sums of v0, v1, v2, v3.
+    // Each group of four lanes gets partial sums of v0, v1, v2 and v3.
     const auto low = pairs<A, N>(v[0], v[1], 0, true) + pairs<A, N>(v[0], v[1], 2, true);
     const auto high = pairs<A, N>(v[2], v[3], 0, true) + pairs<A, N>(v[2], v[3], 2, true);
     const auto parts = pairs<A, N>(low, high, 0, false) + pairs<A, N>(low, high, 2, false);
