@@ -68,7 +68,7 @@ def main(argv=None) -> None:
 
 
 def claim(out: str, sources: list) -> OutputFolder:
-    """The folder of the file to write; ends the run if that is a source, or there and of another hand."""
+    """The folder of the file to write; ends the run if that is a source or was not written by this tool."""
     try:
         folder = OutputFolder(os.path.dirname(out) or ".", "--out", ours=is_ours(out))
         folder.check([out], filter(None, sources))

@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 def exit_status(run, *arguments) -> int:
-    """Call run(*arguments): 0, or 2 after a user's mistake, which is told in one line."""
+    """Call run(*arguments): 0, or 2 after a user's mistake, which is reported in one line."""
     try:
         run(*arguments)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Which files are ours to write: never one that is read, never one that another hand has made.
+"""Which files a tool may write: never one that it reads, and never one that it did not create.
 
 A folder that a tool writes into has a list of what the tools made there, ``.hiervl-made``, one relative path a line.
 Tools look first and write then: what they refuse, they refuse before anything is written or computed.

@@ -260,7 +260,7 @@ def may_lack_gradients(cfg) -> bool:
     """Whether this config's network may have parameters that no loss reaches.
 
     Of a language module whose result is partly unused (an ablation), some weights get no gradient.
-    DistributedDataParallel waits for every one and stops at the second iteration, unless it is told to look for those
+    DistributedDataParallel waits for every one and stops at the second iteration, unless asked to look for those
     that will not come; that search costs time at every iteration, so the full network goes without.
     """
     model = cfg.MODEL

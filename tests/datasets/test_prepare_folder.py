@@ -201,9 +201,9 @@ def test_color_masks_that_do_not_fit(prepare, own):
     "file, text, words",
     [
         ("palette.txt", "1 2 road", "palette.txt, line 1: expected 'R G B class name'"),
-        ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the color (1, 2, 3) stands there twice"),
+        ("palette.txt", "1 2 3 road\n1 2 3 car", "line 2: the color (1, 2, 3) appears twice"),
         ("palette.txt", "1 2 3 sky", "'sky' is not in the class list"),
-        ("classes.txt", "road\nroad\n", "the class 'road' stands there twice"),
+        ("classes.txt", "road\nroad\n", "the class 'road' appears twice"),
         ("classes.txt", "\n", "classes.txt has 0 class names"),
     ],
 )

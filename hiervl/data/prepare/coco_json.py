@@ -104,16 +104,16 @@ class CocoFile:
         if height * width >= _PIXELS:
             raise ValueError(f"{width}x{height} pixels are too many")
         if image_id in self.images:
-            raise ValueError("an image of this id stands there already")
+            raise ValueError("another image has the same id")
         if name in self._files:
-            raise ValueError(f"an image of the file name {name!r} stands there already")
+            raise ValueError(f"another image has the file name {name!r}")
         self._files.add(name)
         self.images[image_id] = (name, height, width)
 
     def _add_category(self, item: dict) -> None:
         category_id, name = _integer(item, "id", -_ID), _line(item, "name")
         if category_id in self.categories:
-            raise ValueError("a category of this id stands there already")
+            raise ValueError("another category has the same id")
         self.categories[category_id] = name
 
     def _owner(self, item: dict) -> int:
@@ -291,7 +291,7 @@ def top_level_items(path: str, keys: Sequence[str]) -> Iterator[tuple[str, int, 
             window.skip(":")
             if key in keys:
                 if key not in missing:
-                    raise ValueError(f"'{key}' stands there twice")
+                    raise ValueError(f"'{key}' appears twice")
                 missing.remove(key)
                 yield from ((key, *item) for item in _array_items(window, key))
             else:

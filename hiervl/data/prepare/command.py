@@ -31,7 +31,7 @@ class Plan:
         sources: files that are read, besides images and masks' sources.
         made: files that are written into the root, besides masks, instance maps and lists.
         elsewhere: the options that lead to another folder.
-        keep: a mask that another hand put where ours would be is kept where it is right (the official layouts);
+        keep: an existing mask that this tool did not write is kept if it is right (the official layouts);
             otherwise it is refused.
         in_place: a mask may be its own source, and is kept where it is right.
         ours: an earlier version, which kept no record, prepared the root.
@@ -112,7 +112,7 @@ def execute(plan: Plan, args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        print(f"{len(problems)} problems; what is named above is not in the lists. Mend it and run again.")
+        print(f"{len(problems)} problems; the images named above are not in the lists. Fix them and run again.")
     return 1 if problems else 0
 
 

@@ -1,4 +1,4 @@
-"""A folder of one's own: images, masks in one of three forms or a COCO json, class names, unlabeled images."""
+"""A user's own folder: images, masks in one of three forms or a COCO json, class names, unlabeled images."""
 
 import argparse
 import os
@@ -82,7 +82,7 @@ def read_classes(path: str) -> list[str]:
     names = [line.strip() for line in read_lines(path)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{path}: the class '{twice}' stands there twice; remove one of the two")
+        raise UserError(f"{path}: the class '{twice}' appears twice; remove one of the two")
     if not 0 < len(names) <= _IGNORED:
         raise UserError(f"{path} has {len(names)} class names; 1 to {_IGNORED} are possible, one per line")
     return names
@@ -101,7 +101,7 @@ def read_palette(path: str) -> dict[tuple[int, int, int], str]:
             raise UserError(f"{path}, line {number}: expected 'R G B class name', found '{line}'")
         color = tuple(map(int, words[:3]))
         if color in palette:
-            raise UserError(f"{path}, line {number}: the color {color} stands there twice; remove one of the two")
+            raise UserError(f"{path}, line {number}: the color {color} appears twice; remove one of the two")
         palette[color] = words[3].strip()
     return palette
 

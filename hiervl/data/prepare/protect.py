@@ -20,7 +20,7 @@ def protect(plan: Plan, workers: int) -> OutputFolder:
     """Records what the plan is about to make.
 
     Raises:
-        UserError: it would be written onto a source or onto a file of another hand, or two images share a mask.
+        UserError: it would overwrite a source or a file that this tool did not write, or two images share a mask.
     """
     # A record knows better than the table's first line, which is all that earlier versions left.
     earlier = plan.ours and not os.path.exists(os.path.join(plan.root, RECORD))
@@ -69,7 +69,7 @@ def _not_ours(plan: Plan, jobs: list[Job], folder: OutputFolder, sources: set) -
 
 
 def _refuse_foreign_list(plan: Plan, part: str, folder: OutputFolder) -> None:
-    """A list of another hand is refused, unless it says what ours will say."""
+    """Refuse an existing list that this tool did not write, unless it has the same content."""
     path = plan.list_of(part)
     there = folder.foreign(path)
     if not there:

@@ -76,7 +76,7 @@ def obtain(out: str, groups: list[str], source: str | None) -> list[str]:
 
 
 def _look_first(folder: OutputFolder, wanted: dict[str, str], groups: list[str], source: str | None) -> None:
-    """Refuses lists of another hand before the first one is written."""
+    """Refuse existing lists that this tool did not write, before anything is written."""
     out, targets = folder.folder, list(_coco_unlabeled(folder.folder, groups))
     for path in wanted:
         group, there = path.split("/")[0], os.path.join(out, path)
