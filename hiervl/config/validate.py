@@ -18,7 +18,6 @@ AT_LEAST = {
     "SEED": 0,  # every random draw is a function of it
     "SOLVER.MAX_ITER": 1,
     "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.ACCUMULATE": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.LOG_PERIOD": 1,
     "SOLVER.WARMUP_ITERS": 0,
@@ -65,9 +64,9 @@ def validate(cfg) -> None:
     """
     _check_ranges(cfg)
     _check_environment(cfg)
+    _check_text(cfg.MODEL)
     _check_modules(cfg)
     _check_criterion(cfg.MODEL)
-    _check_text(cfg.MODEL)
     _check_semi(cfg)
     _check_input(cfg.INPUT)
     _check_test(cfg.TEST)
