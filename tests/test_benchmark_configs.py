@@ -15,6 +15,7 @@ from hiervl.data.datasets import table_of
 from hiervl.data.prepare.published import known_hashes
 from hiervl.modeling.text import ClassText
 from hiervl.modeling.text.word_lists import read_definitions
+from hiervl.semi.solver import build_lr_scheduler, build_optimizer
 
 from .conftest import shared_file
 
@@ -44,6 +45,26 @@ def test_the_protocol(name, labeled):
     assert f"{cfg.DATASETS.SPLIT}/labeled.txt" in known_hashes()
     assert cfg.DATASETS.TRAIN == (f"{name}_train",) and cfg.DATASETS.TEST == (f"{name}_val",)
     assert cfg.OUTPUT_DIR.endswith(f"/{name}_{labeled}")
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_learning_rates_follow_the_protocol(name):
+    """The network learns at 1e-4 and its backbone at a tenth of it: 1,500 iterations of warm-up, then power 0.9."""
+    cfg = load_config(str(CONFIGS / f"{name}_{min(PROTOCOL[name][2])}.yaml"), [])
+    network = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)})
+    optimizer = build_optimizer(cfg, network)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    length = cfg.SOLVER.MAX_ITER
+    for iteration in (0, 750, 1500, length // 2, length):
+        scheduler.last_epoch = iteration
+        rates = {p: rate for group, rate in zip(optimizer.param_groups, scheduler.get_lr()) for p in group["params"]}
+        decay = (1 - iteration / length) ** 0.9
+        for part, peak in (("backbone", 1e-5), ("decoder", 1e-4)):
+            rate = rates[network[part].weight]
+            if iteration >= 1500:
+                assert rate == pytest.approx(peak * decay)
+            else:
+                assert rate < 0.51 * peak
 
 
 @pytest.mark.parametrize("labeled", [11, 46, 92])

@@ -159,3 +159,47 @@ def test_scores_need_not_be_probabilities_without_calibration(pairs):
     assert "ECE" not in run(pairs, calibration=False).evaluate()["sem_seg"]
     with pytest.raises(ValueError, match="not probabilities"):
         run(pairs)
+
+
+def test_scores_of_some_classes_equal_those_of_all_with_zeros(pairs):
+    """Positions in `classes` are not class ids: here they are in another order."""
+    classes = torch.tensor([2, 0, 1])
+    for _, output, _ in pairs:
+        output["sem_seg"][3] = 0
+    every = run(pairs)
+    selected = [(image, {"sem_seg": out["sem_seg"][classes], "classes": classes}, label) for image, out, label in pairs]
+    expected, metrics = every.evaluate()["sem_seg"], run(selected).evaluate()["sem_seg"]
+    assert metrics == pytest.approx(expected, nan_ok=True)
+    assert every.result["metrics"]["pACC"] > 0
+
+
+def test_calibration_is_in_percent_and_without_ignored_pixels(tmp_path):
+    """Of the 8 pixels with a label 6 are right, at a confidence of 0.5."""
+    label = np.zeros((2, 6), np.int64)
+    label[0, :2], label[:, 4:] = 1, 255
+    path = write_mask(tmp_path / "label.png", label)
+    probabilities = torch.full((4, 2, 6), 0.1)
+    probabilities[0] = 0.5
+    evaluator = run([({"sem_seg_file_name": path}, {"sem_seg": probabilities}, label)])
+    assert evaluator.evaluate()["sem_seg"]["ECE"] == pytest.approx(25, abs=0.01)
+
+
+def test_boundary_miou_is_over_the_classes_in_the_ground_truth(tmp_path):
+    """Class 3 is predicted and never true; it does not lower the mean."""
+    label = np.zeros((20, 20), np.int64)
+    label[:, 10:] = 1
+    path = write_mask(tmp_path / "label.png", label)
+    scores = torch.nn.functional.one_hot(torch.from_numpy(label), 4).permute(2, 0, 1).float()
+    scores[:, 5, 5] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    evaluator = run([({"sem_seg_file_name": path}, {"sem_seg": scores}, label)], boundary=True)
+    metrics = evaluator.evaluate()["sem_seg"]
+    per_class = evaluator.result["per_class"]["boundary_iou"]
+    assert per_class[3] == 0 and per_class[2] is None
+    assert metrics["boundary_mIoU"] == pytest.approx((per_class[0] + per_class[1]) / 2) and per_class[0] > 50
+
+
+def test_images_of_all_ranks_are_counted(pairs, monkeypatch):
+    first, second = run(pairs[:1], num_images=3), run(pairs[1:])
+    other = (second._confusion, second._calibration, second._boundary, second._images)
+    monkeypatch.setattr(evaluator_module.comm, "gather", lambda own: [own, other])
+    assert first.evaluate() and first.result["images"] == 3

@@ -302,3 +302,48 @@ def test_micro_batches_add_up():
         parts.append(losses_of(criterion, own, build_targets(sem_seg[rows], weight[rows], K), normalizers))
     for name, value in whole.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=0.04, atol=0)
+
+
+def test_the_class_loss_equals_its_formula():
+    """Weights of images and of "no object", and an unknown class that is left out where nothing is matched."""
+    sem_seg, weight = blocks(), torch.ones(2, SIZE, SIZE)
+    weight[sem_seg == 3] = 0
+    unknown = torch.zeros(2, K, dtype=torch.bool)
+    unknown[0, 3] = True
+    shares = torch.tensor([0.5, 1.0])
+    targets = build_targets(sem_seg, weight, K, image_weight=shares, unknown=unknown)
+    criterion = make_criterion(class_weight=1.0, no_object_weight=0.3)
+    segment_of = [{0: 0, 1: 1, 2: 2}, {3: 2, 4: 0, 5: 1}]  # {query: segment, which is its class here}
+    pairs = torch.tensor([(0, b, q, s) for b, matched in enumerate(segment_of) for q, s in matched.items()])
+    criterion.matcher = lambda *args: pairs.unbind(1)
+    predictions = make_predictions(layers=1)
+    logits = predictions[0][0].class_logits.detach()
+    total_loss = total_weight = 0
+    for b, q in itertools.product(range(2), range(N)):
+        possible = [k for k in range(K + 1) if q in segment_of[b] or not (k < K and unknown[b, k])]
+        loss = logits[b, q, possible].logsumexp(0) - logits[b, q, segment_of[b].get(q, K)]
+        total_loss += loss * shares[b] * (1.0 if q in segment_of[b] else 0.3 * shares[b])
+        total_weight += 1.0 if q in segment_of[b] else 0.3 * shares[b]
+    torch.testing.assert_close(losses_of(criterion, predictions, targets)["loss_class"], total_loss / total_weight)
+
+
+def test_the_pixel_loss_is_the_cross_entropy_of_the_probabilities():
+    targets = build_targets(blocks(), torch.ones(2, SIZE, SIZE), K, image_weight=torch.tensor([0.25, 1.0]))
+    criterion, (layers, features) = make_criterion(pixel_weight=1.0), make_predictions(layers=1)
+    points = SharedPoints.draw(targets, criterion.num_points)
+    scores = ClassScoreHead(epsilon=2.0)  # large, so that it matters
+    with torch.no_grad():
+        losses = criterion(layers, features, targets, points, scores, criterion.normalizers(targets, N))
+        logits = torch.einsum("bnc,bpc->bnp", layers[0].mask_embed, sample_maps(features, points.point_coords))
+        probability = scores.normalize(scores(layers[0].class_logits, logits)[..., None])[..., 0]  # (B, K, P)
+    per_image = -probability.log().gather(1, points.label[:, None])[:, 0].mean(1)
+    torch.testing.assert_close(losses["loss_pixel"], (0.25 * per_image[0] + per_image[1]) / 2)
+
+
+def test_without_deep_supervision_only_the_last_prediction_counts():
+    layers, features = make_predictions(layers=3, semantic=True)
+    targets, losses = build_targets(blocks(), torch.ones(2, SIZE, SIZE), K), []
+    for kept, deep_supervision in ((layers, False), (layers[-1:], True)):
+        torch.manual_seed(0)
+        losses.append(losses_of(make_criterion(deep_supervision=deep_supervision), (kept, features), targets))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)

@@ -52,3 +52,11 @@ def test_non_finite_costs_are_never_matched():
     classes[0, 0, 4, labels[0][1]] = float("inf")
     matched = HungarianMatcher(2.0, 5.0, 5.0)(classes, masks, segments, weight, labels)
     assert set(matched[2].tolist()) <= {0, 1, 3, 5} and len(matched[2]) == 4
+
+
+def test_a_segment_whose_every_pair_is_forbidden_stays_unmatched():
+    classes, masks, segments, weight, labels = problem(segments=3)
+    allowed = torch.ones(N, 3, dtype=torch.bool)
+    allowed[:, 1] = False
+    matched = HungarianMatcher(2.0, 5.0, 5.0)(classes, masks, segments, weight, labels, [allowed])
+    assert sorted(matched[3].tolist()) == [0, 2]

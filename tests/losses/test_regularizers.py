@@ -1,9 +1,14 @@
 """Every regularizer moves the parameters that it is meant for, and says what it should in simple cases."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hiervl.losses.regularizers import REGULARIZERS
+from hiervl.losses.points import SharedPoints, sample_maps
+from hiervl.losses.regularizers import LABELED, PSEUDO, REGULARIZERS
+from hiervl.losses.targets import build_targets
 from tests.networks import flatten_losses, make_network, pseudo_input, training_input
 
 # Of each regularizer, the beginning of names of parameters that must get a gradient.
@@ -55,3 +60,60 @@ def test_parts_of_a_batch_add_up():
         parts = [network(inputs[:2], normalizers), network(inputs[2:], normalizers)]
     for key in ("loss_relevance", "loss_language"):
         torch.testing.assert_close(parts[0]["labeled"][key] + parts[1]["labeled"][key], whole["labeled"][key])
+
+
+@pytest.mark.parametrize("kind, extra", [(LABELED, 3.0), (PSEUDO, 0.0)])
+def test_pixels_near_a_labeled_boundary_weigh_more_in_the_vision_language_loss(kind, extra):
+    sem_seg = torch.zeros(2, 16, 16, dtype=torch.long)
+    sem_seg[:, :, 8:] = 1
+    targets = build_targets(sem_seg, torch.ones(2, 16, 16), 2, image_weight=torch.tensor([0.5, 1.0]))
+    points, similarity = SharedPoints.draw(targets, 200), torch.randn(2, 2, 4, 4)
+    context = SimpleNamespace(
+        kind=kind,
+        aligned=SimpleNamespace(similarity=similarity),
+        points=points,
+        similarity_temperature=torch.tensor(0.2),
+        targets=targets,
+        selected_targets=targets,
+    )
+    loss = REGULARIZERS["vision_language"][0](context, SimpleNamespace(boundary_weight=3.0, boundary_width=2))
+    logits = sample_maps(similarity, points.point_coords) / 0.2  # (B, P, K)
+    column = points.index % 16
+    per_point = F.cross_entropy(logits.flatten(0, 1), points.label.flatten(), reduction="none").view(2, -1)
+    per_image = (per_point * (1 + extra * ((column >= 6) & (column <= 9)))).mean(1)
+    torch.testing.assert_close(loss, (0.5 * per_image[0] + per_image[1]) / 2)
+
+
+def test_consistency_compares_relevance_only_where_no_other_image_was_pasted():
+    """The similarities agree wherever they are compared: not for distractor 3, nor for class 1, which the teacher did
+    not select, nor on padding."""
+    expected = torch.rand(2, 3, 4, 4)
+    expected[:, 1] = -1
+    index = torch.tensor([[2, 3, 1, 0]] * 2)
+    similarity = torch.stack((expected[:, 2], torch.full((2, 4, 4), 9.0), torch.zeros(2, 4, 4), expected[:, 0]), dim=1)
+    similarity[..., 3] += 5
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[..., 12:] = False
+    context = SimpleNamespace(
+        selected=SimpleNamespace(index=index, logits=torch.zeros(2, 4)),
+        aligned=SimpleNamespace(similarity=similarity),
+        teacher={
+            "pixel_text": expected,
+            "relevance": torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.2, 0.9]]),
+            "valid": valid,
+            "mixed": torch.tensor([False, False]),
+        },
+    )
+    consistency = REGULARIZERS["consistency"][0]
+    torch.testing.assert_close(consistency(context, None), torch.tensor((0.3**2 + 0.4**2) / 3 / 2))
+    context.teacher["mixed"] = torch.tensor([False, True])
+    assert consistency(context, None) == 0
+    similarity[0, 0, 0, 0] += 1  # one of the 2 x 12 values compared in image 0
+    torch.testing.assert_close(consistency(context, None), torch.tensor(1 / 24 / 2))
+
+
+def test_diversity_ignores_names_that_point_apart():
+    """Of E=3 scales, one pair has cosine 0.6, the others are at most 0; both orders of a pair count."""
+    queries = torch.tensor([[[2.0, 0.0]], [[0.6, 0.8]], [[-5.0, 0.0]]])  # (E, K=1, d)
+    loss = REGULARIZERS["diversity"][0](SimpleNamespace(name_queries=queries), None)
+    torch.testing.assert_close(loss, torch.tensor(2 * 0.6 / 6))

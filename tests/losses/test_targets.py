@@ -2,7 +2,7 @@
 
 import torch
 
-from hiervl.losses.targets import build_targets
+from hiervl.losses.targets import TargetBuilder, build_targets
 
 
 def test_targets_among_kept_names():
@@ -45,3 +45,23 @@ def test_instances():
         sem_seg, torch.ones(1, 8, 8), 3, segments="instances", instances=numbers, things=(1, 2), max_segments=1
     )
     assert few.labels[0].tolist() == [0] and (few.segments[0, 4:, 4:] == -1).all()
+
+
+def test_pixels_that_are_not_valid_are_in_no_segment():
+    sem_seg = torch.tensor([[[0, 0, 1], [1, 255, 0]]])
+    weight = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]])
+    for segments in ("class_regions", "components"):
+        targets = build_targets(sem_seg, weight, 2, segments=segments, min_area=1)
+        assert ((targets.segments < 0) == torch.tensor([[[False, True, False], [True, True, False]]])).all(), segments
+    assert build_targets(sem_seg, weight, 2).segments[0, 0].tolist() == [0, -1, 1]
+
+
+def test_pseudo_labels_are_cut_into_components_where_labels_have_instances():
+    sem_seg = torch.zeros(8, 8, dtype=torch.long)
+    sem_seg[:2, :2] = sem_seg[5:, 5:] = 1
+    instances = (sem_seg == 1).long()  # one object of two parts
+    builder = TargetBuilder(segments="instances", min_area=1, max_segments=9, things=(1,))
+    labeled = builder([{"sem_seg": sem_seg, "instances": instances}], 2, "cpu")
+    assert labeled.labels[0].tolist() == [0, 1]
+    pseudo = {"sem_seg": sem_seg, "pseudo": True, "image_weight": 1.0, "unknown": torch.zeros(2, dtype=torch.bool)}
+    assert builder([pseudo], 2, "cpu").labels[0].tolist() == [0, 1, 1]

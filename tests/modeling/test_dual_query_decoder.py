@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hiervl.modeling.classifier import TextClassifier
 from hiervl.modeling.dual_query_decoder import QueryDecoder, SemanticQueries
@@ -72,6 +73,22 @@ def test_in_the_first_layer_semantic_queries_attend_where_the_similarity_is_posi
     assert visible[:, :, [0, 2, 3]].all()  # nowhere positive, so they attend everywhere
 
 
+def test_after_the_first_layer_every_query_attends_inside_its_predicted_mask(decoder):
+    memory, features, text, semantic = make_inputs()
+    visible = []
+    for layer in decoder.transformer_cross_attention_layers:
+        layer.register_forward_pre_hook(lambda module, args: visible.append(args[4]))
+    predictions = decoder(memory, features, text, semantic)
+    similarity = F.interpolate(semantic.similarity, size=(2, 2), mode="bilinear", align_corners=False)
+    for i, size in enumerate((2, 4, 8)):  # layer i reads level i
+        small = F.interpolate(features, size=(size, size), mode="bilinear", align_corners=False)
+        regions = predictions[i].semantic_mask_logits(small).flatten(1, 2)
+        if i == 0:
+            regions = similarity.repeat(1, E, 1, 1)
+        inside = torch.cat((regions, predictions[i].mask_logits(small)), dim=1).flatten(2) >= 0
+        assert torch.equal(visible[i], inside | ~inside.any(dim=2, keepdim=True)), i
+
+
 def test_the_exchange_between_the_sets_starts_small(decoder):
     exchange, semantic, instance = decoder.exchanges[0], torch.randn(B, E * K, D), torch.randn(B, N, D)
     updated = exchange(semantic, instance, torch.zeros(B, 1, E * K))
@@ -92,3 +109,18 @@ def test_a_class_without_relevance_does_not_affect_instance_queries(decoder):
     torch.testing.assert_close(first.mask_embed, second.mask_embed)
     torch.testing.assert_close(first.class_logits, second.class_logits)
     assert not torch.allclose(first.semantic_mask_embed[:, :, 2], second.semantic_mask_embed[:, :, 2])
+
+
+def test_self_attention_knows_each_querys_set_and_its_class_relevance(decoder):
+    memory, features, text, semantic = make_inputs(torch.rand(B, K))
+    arguments = []
+    decoder.transformer_self_attention_layers[1].register_forward_pre_hook(lambda module, args: arguments.append(args))
+    decoder(memory, features, text, semantic)
+    _, position, bias = arguments[0]
+    semantic_embed, instance_embed = decoder.set_embed.weight
+    torch.testing.assert_close(position[:, : E * K], semantic.position.flatten(1, 2) + semantic_embed)
+    torch.testing.assert_close(position[:, E * K :], (decoder.query_embed.weight + instance_embed).expand(B, -1, -1))
+    torch.testing.assert_close(
+        bias[:, 0, : E * K].unflatten(1, (E, K)), semantic.log_relevance[:, None].expand(-1, E, -1)
+    )
+    assert (bias[:, 0, E * K :] == 0).all()

@@ -14,6 +14,23 @@ def test_evidence_by_hand_and_its_normalization():
     torch.testing.assert_close(probability, expected / (0.5 + expected.sum(1, keepdim=True)))
 
 
+def test_semantic_queries_and_relevance_enter_the_evidence_by_hand():
+    scores = ClassScoreHead(semantic=True)
+    with torch.no_grad():
+        scores.log_instance_weight.fill_(2.0).log_()
+        scores.log_semantic_weight.fill_(3.0).log_()
+    class_logits = torch.log(torch.tensor([[[0.6, 0.3, 0.1]]]))  # (1, 1 query, 2 classes + none)
+    mask_logits = torch.logit(torch.tensor([[[0.9, 0.2]]]))  # (1, 1 query, 2 pixels)
+    presence = torch.tensor([[[0.5, 0.0], [0.25, 1.0]]])  # (1, 2 scales, 2 classes)
+    regions = torch.tensor([[[[0.8, 0.1], [0.3, 0.7]], [[0.4, 0.6], [0.9, 0.2]]]])  # (1, 2 scales, 2 classes, 2 pixels)
+    relevance = torch.tensor([[0.2, 0.5]])
+    class_scores = scores(class_logits, mask_logits, torch.logit(presence, 1e-7), torch.logit(regions), relevance)
+    gate = torch.tensor([[1 - 0.5 * 0.8, 1 - 1.0 * 0.5], [1 - 0.75 * 0.8, 1.0]])  # (2 scales, 2 classes)
+    semantic = 3 * (gate[..., None] * regions[0]).mean(0)
+    instance = 2 * torch.tensor([[0.6 * 0.9, 0.6 * 0.2], [0.3 * 0.9, 0.3 * 0.2]])
+    torch.testing.assert_close(class_scores[0], relevance[0, :, None] * (semantic + instance))
+
+
 def test_thin_evidence_cannot_be_sure():
     scores = ClassScoreHead(epsilon=0.1)
     thin = scores.normalize(torch.tensor([0.01, 0.0]).view(1, 2, 1, 1))

@@ -109,3 +109,10 @@ def test_queries_are_made_for_the_selected_classes_only():
     selected = make_generator(top_k=48)(torch.randn(1, C, 3, 5), random_texts(1000))
     assert selected.index.shape == (1, 48) and selected.queries.shape == (1, 3, 48, D)
     assert selected.logits.shape == (1, 1000)
+
+
+def test_a_suppressed_class_has_a_finite_bias_that_leaves_it_almost_no_weight():
+    generator = make_generator(min_relevance=1.0)
+    selected = generator(torch.randn(4, C, 3, 5), random_texts(12), trained=torch.ones(12, dtype=torch.bool))
+    selected.relevance[0, 0] = 0
+    assert torch.isfinite(selected.log_relevance).all() and selected.log_relevance[0, 0] < -9

@@ -137,3 +137,28 @@ def test_the_best_of_several_texts_counts_at_each_pixel():
     maps = [module(selected, memory, features).maps for selected in (first, second, both)]
     for first_map, second_map, combined_map in zip(*maps):
         torch.testing.assert_close(combined_map, torch.maximum(first_map, second_map))
+
+
+def test_feature_exchange_equals_its_formula():
+    """At every scale, pixel by pixel and class by class."""
+    module, memory = SpatialAlignment(dim=D, memory_dim=D), make_memory()
+    selected = make_selected()
+    selected.relevance[:] = torch.tensor([0.9, 0.1, 0.4])
+    for scale in module.scales:
+        torch.nn.init.normal_(scale.pixel_gate.weight, std=0.1)
+        torch.nn.init.constant_(scale.none_of_these, 0.3)
+    with torch.no_grad():
+        aligned = module(selected, memory, torch.randn(B, CM, 16, 16))
+        for e, scale in enumerate(module.scales):
+            maps, tokens = aligned.maps[e].flatten(2), memory[e].flatten(2).transpose(1, 2)  # (B, K, S), (B, S, D)
+            over_pixels = (maps / scale.over_pixels()).exp()
+            over_pixels = over_pixels / over_pixels.sum(2, keepdim=True)
+            gathered = torch.einsum("bks,bsd->bkd", over_pixels, tokens)
+            queries = selected.queries[:, e] + scale.query_gate.sigmoid() * scale.to_query(gathered)
+            torch.testing.assert_close(aligned.queries[:, e], queries)
+            over_classes = selected.relevance[..., None] * (maps / scale.over_classes()).exp()
+            over_classes = over_classes / (over_classes.sum(1, keepdim=True) + (0.3 / scale.over_classes()).exp())
+            update = torch.einsum("bks,bkd->bds", over_classes, scale.to_pixel(selected.queries[:, e]))
+            update = update.unflatten(2, memory[e].shape[2:])
+            gate = scale.pixel_gate(torch.cat((memory[e], update, aligned.maps[e].amax(1, keepdim=True)), dim=1))
+            torch.testing.assert_close(aligned.memory[e], memory[e] + gate.sigmoid() * update)

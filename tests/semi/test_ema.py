@@ -37,3 +37,12 @@ def test_update_is_the_moving_average_of_parameters_and_buffers():
 def test_decay_grows_to_its_horizon():
     decays = [decay_at(step, 20) for step in range(1, 100)]
     assert decays == sorted(decays) and decays[0] == 0.5 and decays[-1] == 1 - 1 / 20
+
+
+def test_a_horizon_below_one_iteration_follows_the_student_exactly():
+    student = torch.nn.Linear(2, 2)
+    teacher = EMATeacher(student, horizon=0.25)
+    with torch.no_grad():
+        student.weight.add_(1)
+    teacher.update(student)
+    torch.testing.assert_close(teacher.model.weight, student.weight, check_stride=False)

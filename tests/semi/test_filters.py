@@ -122,3 +122,46 @@ def test_text_agreement_reads_the_scores_where_the_pixel_is():
     )
     kept = FILTERS["text_agreement"](pseudo, torch.ones(1, 6, 6), {}, margin=0.1)
     assert kept[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def make_two_class(first, **more):
+    """Pseudo-labels of one image (1, H, W) of classes a and b from the probability of a, without padding."""
+    probabilities = torch.stack((first, 1 - first), dim=1)
+    return PseudoLabels.from_probabilities(probabilities, torch.ones_like(first, dtype=torch.bool), ["a", "b"], **more)
+
+
+def test_a_pixel_at_the_threshold_is_kept():
+    pseudo = make_two_class(torch.tensor([[[0.75, 0.7, 0.25]]]))
+    assert FILTERS["confidence"](pseudo, torch.ones(1, 1, 3), {}, threshold=0.75).tolist() == [[[1, 0, 1]]]
+
+
+def test_an_adaptive_threshold_is_a_running_mean_over_the_pixels_kept_so_far():
+    pseudo, state = make_two_class(torch.tensor([[[0.9, 0.9, 0.6]]])), {"a": 0.5}
+    weight = torch.tensor([[[1.0, 1.0, 0.0]]])
+    FILTERS["adaptive"](pseudo, weight, state, quantile=0.0, floor=0.1, ceiling=1.0, momentum=0.75)
+    assert state == {"a": pytest.approx(0.75 * 0.5 + 0.25 * 0.9)}
+
+
+@pytest.mark.parametrize("similarity, margin, kept", [(0.3, 0.0, 1), (0.25, 0.0, 0), (0.25, 0.1, 1), (0.1, 0.1, 0)])
+def test_text_agreement_allows_a_margin(similarity, margin, kept):
+    pixel_text = torch.tensor([similarity, 0.3]).view(1, 2, 1, 1)
+    pseudo = make_two_class(torch.full((1, 4, 4), 0.9), pixel_text=pixel_text)
+    assert (FILTERS["text_agreement"](pseudo, torch.ones(1, 4, 4), {}, margin=margin) == kept).all()
+
+
+def test_labels_of_irrelevant_classes_are_dropped():
+    pseudo = make_two_class(torch.tensor([[[0.9, 0.1]]]), relevance=torch.tensor([[0.2, 0.5]]))
+    assert FILTERS["relevance"](pseudo, torch.ones(1, 1, 2), {}, threshold=0.5).tolist() == [[[0, 1]]]
+
+
+def test_regions_are_those_of_the_pixels_kept_so_far():
+    pseudo, weight = make_two_class(torch.full((1, 3, 7), 0.9)), torch.ones(1, 3, 7)
+    weight[..., 2] = 0  # splits the image into regions of 6 and 12 pixels
+    kept = FILTERS["region"](pseudo, weight, {}, min_area=7)
+    assert kept[0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_the_image_average_is_over_the_pixels_that_are_not_padding():
+    pseudo = make_two_class(torch.tensor([[[0.75, 0.6, 0.9, 0.6, 0.9, 0.9]]]))
+    pseudo.valid[..., 4:] = False
+    assert FILTERS["image_average"](pseudo, torch.ones(1, 1, 6), {}, threshold=0.75).unique().tolist() == [0.5]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hiervl.modeling.inference import Probabilities
-from hiervl.semi.filters import FilterChain
+from hiervl.semi.filters import FilterChain, PseudoLabels
 from hiervl.semi.pseudo_label import PseudoLabelHook, paste
 
 SIZE, K = 8, 3
@@ -142,3 +142,65 @@ def test_paste_leaves_its_inputs_alone():
     own, other = torch.zeros(4, 4), torch.ones(4, 4)
     mixed = paste((1, 1, 3, 4), own, other)
     assert mixed.sum() == 6 and own.sum() == 0
+
+
+class LanguageTeacher(Teacher):
+    """Selects classes 0 and 1 only, and sees image i with a pixel-text similarity of i / 10."""
+
+    def predict(self, images, suppress=True, valid=None):
+        assert not suppress  # every class must get its probability
+        plain = super().predict(images, suppress, valid)
+        count = len(images)
+        similarity = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 2, SIZE // 4, SIZE // 4) / 10
+        return Probabilities(plain.values[:, :2], plain.index[:, :2], K, torch.rand(count, K), similarity)
+
+
+def test_the_view_of_a_teacher_with_language_modules():
+    """CutMix pastes the partner's similarity at a quarter of the size; a class that was not selected is unknown."""
+    hook = make_hook([make_sample(0, 1, (0, 4, 4, 8)), make_sample(1, 0, None)])
+    hook.trainer.teacher.model = LanguageTeacher()
+    hook.before_step()
+    mixed, plain = hook.trainer.pseudo_inputs
+    assert mixed["unknown"].tolist() == [True, True, True] and plain["unknown"].tolist() == [False, True, True]
+    torch.testing.assert_close(mixed["teacher"]["pixel_text"][0], torch.tensor([[0.0, 0.1], [0.0, 0.0]]))
+    assert (mixed["teacher"]["pixel_text"][2] == -1).all() and (plain["teacher"]["pixel_text"][2] == -1).all()
+    assert mixed["teacher"]["mixed"] and not plain["teacher"]["mixed"]
+
+
+def test_a_class_is_excluded_if_it_stays_below_the_threshold_outside_padding():
+    probabilities = torch.zeros(1, K, 2, 2)
+    probabilities[0, 0, 0, 0], probabilities[0, 1, 0, 0], probabilities[0, 2, 1, 1] = 0.06, 0.04, 0.9
+    valid = torch.tensor([[[True, True], [True, False]]])
+    pseudo = PseudoLabels.from_probabilities(probabilities, valid, Teacher.class_names)
+    assert make_hook([]).not_excluded(pseudo).tolist() == [[True, False, False]]
+
+
+def test_the_teacher_teaches_from_the_end_of_burn_in_on():
+    samples = [make_sample(0, 1, None), make_sample(1, 0, None)]
+    for iteration, expected in ((4, 0), (5, 2)):
+        hook = make_hook(samples, iteration=iteration)
+        hook.before_step()
+        assert len(hook.trainer.pseudo_inputs) == expected
+
+
+def test_every_strong_view_is_mixed_with_the_same_view_of_the_partner():
+    samples = [make_sample(0, 1, (0, 0, 4, 4)), make_sample(1, 0, None)]
+    for i, sample in enumerate(samples):
+        sample["strong"].append(torch.full((3, SIZE, SIZE), 20 + i, dtype=torch.uint8))
+        sample["cutmix_box"] *= 2
+    hook = make_hook(samples)
+    hook.before_step()
+    images = [x["image"] for x in hook.trainer.pseudo_inputs]
+    assert [image[0, 0, 0].item() for image in images] == [11, 21, 11, 21]
+    assert [image[0, -1, -1].item() for image in images] == [10, 20, 11, 21]
+
+
+def test_accuracy_leaves_out_padding_and_weighs_kept_pixels():
+    samples = [make_sample(0, 1, None, true_sem_seg=torch.zeros(SIZE, SIZE, dtype=torch.long)), make_sample(1, 0, None)]
+    samples[0]["true_sem_seg"][:, -2:] = 1  # class 0 is predicted everywhere; the last column is not kept
+    samples[0]["valid"][4:] = False
+    samples[0]["true_sem_seg"][4:] = 1
+    hook = make_hook(samples)
+    hook.before_step()
+    assert hook.trainer.log["pseudo_accuracy/all"] == pytest.approx(6 / 8)
+    assert hook.trainer.log["pseudo_accuracy/kept"] == pytest.approx(6 / 7)

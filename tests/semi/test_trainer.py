@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
+
+from tests.networks import flatten_losses, training_input
 
 
 def train(cfg, iterations=None, resume=False):
@@ -32,6 +35,13 @@ def assert_identical(first, second):
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, different
+
+
+def watch(trainer, before=lambda: None, after=lambda: None):
+    """Call these functions before and after every step."""
+    hook = HookBase()
+    hook.before_step, hook.after_step = before, after
+    trainer.register_hooks([hook])
 
 
 def test_a_resumed_run_is_bit_identical(make_cfg, tmp_path):
@@ -153,6 +163,27 @@ def test_distributed_training_looks_for_missing_gradients_in_ablations_only(key,
     assert not may_lack_gradients(load_config("", [key, value, *without]))
 
 
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        (),
+        ("MODEL.CMSAM.ENABLED", False),
+        ("MODEL.CMSAM.FEATURE_EXCHANGE", False),
+        ("MODEL.DECODER.SEMANTIC", False),
+        ("MODEL.REGULARIZERS.VISION_LANGUAGE", 0.0),
+        ("MODEL.HSQG.ENABLED", False, "MODEL.CMSAM.ENABLED", False, "MODEL.DECODER.SEMANTIC", False),
+    ],
+)
+def test_networks_that_lack_gradients_are_known(make_cfg, ablation):
+    cfg = make_cfg(*ablation)
+    student = SemiSupervisedTrainer(cfg).student.train()
+    sum(flatten_losses(student([training_input(classes=student.num_classes) for _ in range(2)])).values()).backward()
+    lacking = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert may_lack_gradients(cfg) or not lacking, lacking
+    if ablation == ("MODEL.DECODER.SEMANTIC", False):
+        assert lacking  # so the search is worth its time
+
+
 def test_a_non_finite_loss_stops_before_the_weights_and_names_the_images(make_cfg):
     trainer = SemiSupervisedTrainer(make_cfg())
     with torch.no_grad():
@@ -187,3 +218,70 @@ def test_the_initial_backbone_outlives_a_resume(make_cfg):
     for name, value in resumed.student.regularizers.initial.state_dict().items():
         assert torch.equal(value, before[name])
     assert resumed.teacher.model.regularizers is None
+
+
+def test_gradients_are_those_of_the_step_and_are_clipped(make_cfg):
+    trainer = SemiSupervisedTrainer(make_cfg("SOLVER.CLIP_NORM", 0.01, "SOLVER.MAX_ITER", 1))
+    norms = []
+
+    def leave_gradients():
+        for parameter in trainer.student.parameters():
+            parameter.grad = torch.full_like(parameter, 1e6)
+
+    def measure():
+        gradients = [p.grad.norm() for p in trainer.student.parameters() if p.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+
+    watch(trainer, leave_gradients, measure)
+    trainer.train()
+    assert norms == [pytest.approx(0.01, rel=0.01)]
+    assert 0.01 < trainer.storage.latest()["grad_norm"][0] < 1e5  # as it was before it was clipped
+
+
+def test_micro_batches_share_the_denominators_of_the_whole_batch(make_cfg):
+    trainer = SemiSupervisedTrainer(make_cfg("SOLVER.ACCUMULATE", 2, "SEMI.BURN_IN", 0, "SOLVER.MAX_ITER", 1))
+    compared = []
+
+    def compare():
+        student = trainer.student
+        parts = trainer._normalizers([student.prepare_batch(inputs) for inputs in trainer._micro_batches()])
+        whole = student.normalizers(student.prepare_batch(trainer.batch["labeled"] + trainer.pseudo_inputs))
+        compared.extend((parts[kind].stack(), whole[kind].stack()) for kind in ("labeled", "pseudo"))
+
+    watch(trainer, after=compare)
+    trainer.train()
+    assert len(compared) == 2
+    for parts, whole in compared:
+        torch.testing.assert_close(parts, whole)
+    assert [whole[2] for _, whole in compared] == [2, 6]  # images: two unlabeled ones, three streams each
+
+
+def test_every_iteration_has_a_random_seed_and_a_progress(make_cfg):
+    trainer, seeds, progress = SemiSupervisedTrainer(make_cfg("SOLVER.MAX_ITER", 4)), [], []
+
+    def note():
+        seeds.append(torch.initial_seed())
+        progress.append(trainer.student.regularizers.progress)
+
+    watch(trainer, note)
+    trainer.train()
+    assert len(set(seeds)) == 4
+    assert progress == [0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("horizon, expected", [(2, 2), (1000, 3)])
+def test_the_teachers_horizon_is_at_most_a_share_of_the_run(make_cfg, horizon, expected):
+    cfg = make_cfg("SEMI.EMA.HORIZON", horizon, "SEMI.EMA.MAX_SHARE", 0.5, "SOLVER.MAX_ITER", 6)
+    assert SemiSupervisedTrainer(cfg).teacher.horizon == expected
+
+
+@pytest.mark.parametrize("for_evaluation", [False, True])
+def test_weights_of_one_network_are_for_student_and_teacher(make_cfg, tmp_path, for_evaluation):
+    path = str(tmp_path / "weights.pth")
+    first = SemiSupervisedTrainer(make_cfg())
+    torch.save({"model": first.student.state_dict()}, path)
+    second = SemiSupervisedTrainer(make_cfg("MODEL.WEIGHTS", path, "SEED", 5))
+    second.load_for_evaluation() if for_evaluation else second.resume_or_load(resume=False)
+    for model in (second.student, second.teacher.model):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, first.student.state_dict()[name]), name
