@@ -11,7 +11,7 @@ from hiervl.losses.matcher import HungarianMatcher
 from hiervl.modeling.meta_arch import HierVL
 from hiervl.modeling.pixel_decoder import PixelDecoder
 from hiervl.modeling.query_generator import QueryGenerator
-from hiervl.losses.regularizers import Regularizers
+from hiervl.losses.regularizers import Regularizers, TeacherView
 from hiervl.losses.targets import TargetBuilder
 from hiervl.modeling.spatial_alignment import SpatialAlignment
 from hiervl.modeling.text import ClassText
@@ -107,21 +107,20 @@ def training_input(size=64, classes=4, **extra):
 
 
 def pseudo_input(classes=4, share=0.5, teacher=False, **extra):
-    said = {
-        "teacher": {
-            "pixel_text": torch.rand(classes, 16, 16),
-            "relevance": torch.rand(classes),
-            "valid": torch.ones(64, 64, dtype=torch.bool),
-            "mixed": torch.tensor(False),
-        }
-    }
+    view = TeacherView(
+        pixel_text=torch.rand(classes, 16, 16),
+        index=torch.arange(classes),
+        valid=torch.ones(64, 64, dtype=torch.bool),
+        relevance=torch.rand(classes),
+        mixed=False,
+    )
     return training_input(
         classes=classes,
         weight=torch.ones(64, 64),
         pseudo=True,
         image_weight=torch.tensor(share),
         unknown=torch.zeros(classes, dtype=torch.bool),
-        **(said if teacher else {}),
+        **({"teacher": view} if teacher else {}),
         **extra,
     )
 

@@ -204,4 +204,7 @@ def _add_solver(cfg):
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.CLIP_NORM = 0.01
     cfg.SOLVER.ACCUMULATE = 1
+    cfg.SOLVER.ACTIVATION_CHECKPOINTING = ()
     cfg.SOLVER.LOG_PERIOD = 20
+    cfg.SOLVER.AMP.DTYPE = "auto"
+    cfg.SOLVER.TF32 = True

@@ -12,12 +12,15 @@ CHOICES = {
     "MODEL.TEXT.ABLATION": ("none", "random", "permuted"),
     "MODEL.CRITERION.SEGMENTS": ("class_regions", "components", "instances"),
     "MODEL.CRITERION.SEMANTIC_MATCHING": ("fixed", "hungarian"),
+    "SOLVER.AMP.DTYPE": ("auto", "bfloat16", "float16"),
     "TEST.MODE": ("whole", "sliding"),
 }
+CHECKPOINTED_PARTS = ("backbone", "pixel_decoder", "decoder")
 AT_LEAST = {
     "SEED": 0,  # every random draw is a function of it
     "SOLVER.MAX_ITER": 1,
     "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATE": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.LOG_PERIOD": 1,
     "SOLVER.WARMUP_ITERS": 0,
@@ -63,6 +66,7 @@ def validate(cfg) -> None:
         UserError: a value out of its range, or values that do not go together.
     """
     _check_ranges(cfg)
+    _check_solver(cfg.SOLVER)
     _check_environment(cfg)
     _check_text(cfg.MODEL)
     _check_modules(cfg)
@@ -93,6 +97,11 @@ def _check_ranges(cfg):
             raise UserError(f"{key} is {get(cfg, key)}; it is a share, from 0 to 1.")
     if not 0 <= cfg.SEMI.FEATURE_DROPOUT < 1:
         raise UserError(f"SEMI.FEATURE_DROPOUT is {cfg.SEMI.FEATURE_DROPOUT}; it must be from 0 to below 1.")
+
+
+def _check_solver(solver):
+    for part in solver.ACTIVATION_CHECKPOINTING:
+        check_choice(part, CHECKPOINTED_PARTS, "SOLVER.ACTIVATION_CHECKPOINTING")
 
 
 def _check_environment(cfg):

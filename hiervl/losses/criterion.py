@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import nn
 
+from ..utils.transfer import to_device
 from .mask_losses import uncertain_point_losses
 from .matcher import HungarianMatcher
 from .points import SharedPoints, sample_maps
@@ -111,13 +112,14 @@ class Criterion(nn.Module):
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
         """Denominators of these targets: segments, weighted queries, images, class regions."""
-        matched = targets.weight.new_tensor([min(count, num_queries) for count in targets.counts])
+        matched = to_device(torch.tensor([float(min(n, num_queries)) for n in targets.counts]), targets.weight.device)
         unmatched = self.no_object_weight * targets.no_object_weight * (num_queries - matched)
         regions = targets.present.sum().to(matched)
         if self.match_semantic:  # a class has as many regions as its queries can share
-            num_shared = sum(int((rank_within_class(labels) < self.num_scales).sum()) for labels in targets.labels)
-            regions = matched.new_tensor(num_shared) / self.num_scales
-        return Normalizers(matched.sum(), (matched + unmatched).sum(), matched.new_tensor(len(matched)), regions)
+            num_shared = sum((rank_within_class(labels) < self.num_scales).sum() for labels in targets.labels)
+            regions = num_shared.to(matched) / self.num_scales
+        num_images = torch.full_like(regions, len(matched))
+        return Normalizers(matched.sum(), (matched + unmatched).sum(), num_images, regions)
 
     @property
     def num_candidates(self) -> int:
@@ -176,7 +178,7 @@ class Criterion(nn.Module):
         Classes that may hide in the rejected pixels of a pseudo-labeled image are left out of the softmax of its
         unmatched queries, so that their logits get no gradient.
         """
-        layer, image, query, segment = matched
+        layer, image, query, segment = matched[:4]
         num_classes = class_logits.shape[-1] - 1
         target = torch.full(class_logits.shape[:3], num_classes, device=class_logits.device)
         classes = torch.nn.utils.rnn.pad_sequence(targets.labels, batch_first=True)  # (B, max M)
@@ -190,21 +192,14 @@ class Criterion(nn.Module):
 
     def _mask_losses(self, embed, features, targets, points, matched, normalizers):
         """Cross-entropy and dice of the matched masks; embed (L, B, N, Cm), features (B, S, Cm)."""
-        layer, image, query, segment = matched
         total = torch.zeros(2, device=embed.device)
-        for b, weight in enumerate(targets.image_weight):
-            of_image = image == b
-            logits = embed[layer[of_image], b, query[of_image]] @ features[b].t()  # (T_b, S)
+        per_image = zip(*(index.split(matched.counts) for index in matched[:4]))
+        for b, (layer, image, query, segment) in enumerate(per_image):
+            logits = embed[layer, b, query] @ features[b].t()  # (T_b, S)
             losses = uncertain_point_losses(
-                logits,
-                self.num_points,
-                self.importance_ratio,
-                points.segment,
-                points.weight,
-                image[of_image],
-                segment[of_image],
+                logits, self.num_points, self.importance_ratio, points.segment, points.weight, image, segment
             )
-            total = total + weight * torch.stack([loss.sum() for loss in losses])
+            total = total + targets.image_weight[b] * torch.stack([loss.sum() for loss in losses])
         return total / normalizers.masks.clamp(min=1)
 
     def _pixel_loss(self, class_scores, targets, points, score_head, normalizers):

@@ -1,11 +1,30 @@
 """Hungarian matching of queries to segments (DETR; costs as in Mask2Former), for all decoder layers and
 images at once: one cost tensor per image, one transfer to the host."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from ..utils.transfer import to_device
+
 _NEVER = 1e6  # cost of a pair whose true cost is not finite
+
+
+class Matches(NamedTuple):
+    """Matched pairs of B images, image after image.
+
+    Attributes:
+        prediction, image, query, segment: int64 tensors (T,), one entry per pair.
+        counts: number of pairs of each image, known to the host without asking the device.
+    """
+
+    prediction: torch.Tensor
+    image: torch.Tensor
+    query: torch.Tensor
+    segment: torch.Tensor
+    counts: list
 
 
 def sigmoid_ce_cost(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,8 +64,7 @@ class HungarianMatcher:
             labels: B tensors (M_b,), the segments' classes.
             allowed: B tensors (N, M_b) bool, the pairs that may be; None: all.
         Returns:
-            (prediction, image, query, segment): four int64 tensors (T,), one entry per matched pair. A pair
-            whose cost is not finite is never matched.
+            Matches. A pair whose cost is not finite is never matched.
         """
         costs, shapes = [], []
         for b, classes in enumerate(labels):
@@ -58,12 +76,12 @@ class HungarianMatcher:
             costs.append(cost.flatten())
             shapes.append(cost.shape)
         host = torch.cat(costs).cpu().split([c.numel() for c in costs])
-        matched = []
-        for b, (cost, shape) in enumerate(zip(host, shapes)):
-            for layer, matrix in enumerate(cost.view(shape)):
-                matched += [(layer, b, q, s) for q, s in _assign(matrix)]
-        matched = torch.tensor(matched, dtype=torch.long).view(-1, 4).to(mask_logits.device)
-        return matched.unbind(1)
+        pairs = [
+            [(layer, b, q, s) for layer, matrix in enumerate(cost.view(shape)) for q, s in _assign(matrix)]
+            for b, (cost, shape) in enumerate(zip(host, shapes))
+        ]
+        table = torch.tensor(sum(pairs, []), dtype=torch.long).view(-1, 4)
+        return Matches(*to_device(table, mask_logits.device).unbind(1), counts=[len(of_image) for of_image in pairs])
 
     def _cost(self, class_logits, mask_logits, segments, weight, classes):
         """One image: (L, N, K+1) or None, (L, N, P), (P,), (P,), (M,) -> (L, N, M)."""

@@ -21,6 +21,31 @@ from .targets import Targets
 
 
 @dataclass
+class TeacherView:
+    """What the EMA teacher saw in the weak view of one pseudo-labeled image.
+
+    Attributes:
+        pixel_text: (T, h, w), the pixel-text similarity of the classes that the teacher selected; -1: unknown.
+        index: (T,) int64, which classes these are. After CutMix a class may come twice, once for either image.
+        valid: (H, W) bool, False on padding. relevance: (K,). mixed: whether another image was pasted in.
+    """
+
+    pixel_text: torch.Tensor
+    index: torch.Tensor
+    valid: torch.Tensor
+    relevance: torch.Tensor
+    mixed: bool
+
+    def similarity_of(self, classes, num_names: int) -> torch.Tensor:
+        """Similarity of these classes (K',), out of num_names names: (K', h, w), -1 where it is not known."""
+        position = torch.full((num_names,), len(classes), device=classes.device)  # the last one is for all others
+        position[classes] = torch.arange(len(classes), device=classes.device)
+        maps = self.pixel_text.new_full((len(classes) + 1, *self.pixel_text.shape[1:]), -1.0)
+        target = position[self.index][:, None, None].expand_as(self.pixel_text)
+        return maps.scatter_reduce(0, target, self.pixel_text, "amax")[:-1]
+
+
+@dataclass
 class LossContext:
     """What a regularizer sees of B images of one kind.
 
@@ -32,9 +57,7 @@ class LossContext:
         text: T' (K, Dt) of the classes; anchors: T0 (K, Dt), before adaptation; None without a text classifier.
         name_queries: (E, K, d), the classes' names at each scale, without the level embeddings (labeled images).
         similarity_temperature: scalar, of the pixel-text similarity.
-        teacher: of pseudo-labeled images, the EMA teacher's view of their weak views: {"pixel_text" (B, K, h, w), -1
-            for classes that it did not select, "relevance" (B, K), "valid" (B, H, W), "mixed" (B,) bool, images with
-            CutMix}.
+        teacher: of pseudo-labeled images, B TeacherViews; None without language modules.
     """
 
     kind: str
@@ -49,7 +72,7 @@ class LossContext:
     anchors: torch.Tensor | None = None
     name_queries: torch.Tensor | None = None
     similarity_temperature: torch.Tensor | None = None
-    teacher: dict | None = None
+    teacher: list | None = None
 
     @property
     def num_classes(self) -> int:
@@ -156,8 +179,10 @@ def diversity(context, settings):
     """Keep the E projections of a name apart: mean positive cosine between scales, without level embeddings."""
     queries = F.normalize(context.name_queries, dim=2)  # (E, K, d)
     cosine = torch.einsum("ekd,fkd->efk", queries, queries)
-    different = ~torch.eye(len(queries), dtype=torch.bool, device=queries.device)
-    return cosine[different].clamp(min=0).mean()
+    num_scales = len(queries)
+    # Without the diagonal: (E*E-1, K) -> (E-1, E+1, K), whose last column is the rest of it.
+    different = cosine.flatten(0, 1)[1:].view(num_scales - 1, num_scales + 1, -1)[:, :-1]
+    return different.flatten().clamp(min=0).mean()
 
 
 @register(LABELED)
@@ -176,8 +201,8 @@ def contrastive(context, settings):
     loss = F.cross_entropy(
         (pooled @ selected.names.t() / 0.1).transpose(1, 2), selected.index, reduction="none"
     )  # (B, K')
-    weight = (share.sum(2) > 0) * context.targets.image_weight[:, None]
-    return (loss * weight).sum() / weight.sum().clamp(min=1)
+    shown = share.sum(2) > 0  # (B, K')
+    return _image_weighted_mean((loss * shown).sum(1) / shown.sum(1).clamp(min=1), context)
 
 
 @register(LABELED)
@@ -193,17 +218,20 @@ def vision(context, settings):
 def consistency(context, settings):
     """The strong context agrees with the teacher's weak one: alignment everywhere but on padding, and, where no other
     image was pasted in, relevance."""
-    selected, teacher = context.selected, context.teacher
-    num_classes = teacher["pixel_text"].shape[1]
-    index = selected.index.clamp(max=num_classes - 1)[..., None, None]  # (B, K', 1, 1)
-    expected = teacher["pixel_text"].gather(1, index.expand(-1, -1, *teacher["pixel_text"].shape[2:]))
-    valid = F.adaptive_avg_pool2d(teacher["valid"].float(), expected.shape[2:])[:, None]  # (B, 1, h, w)
-    # The teacher knows no distractors, and nothing of classes that it did not keep.
-    valid = valid * (selected.index < num_classes)[..., None, None] * (expected > -1)
-    squared_error = (context.aligned.similarity - expected) ** 2
-    maps = (squared_error * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
-    presence = ((selected.logits[:, :num_classes].sigmoid() - teacher["relevance"]) ** 2).mean(1)
-    return (maps + presence * ~teacher["mixed"]).mean()
+    selected, per_image = context.selected, []
+    height, width = context.images.shape[2:]
+    for b, view in enumerate(context.teacher):
+        # The teacher knows no distractors, and nothing of classes that it did not select.
+        expected = view.similarity_of(selected.index[b], len(selected.names))  # (K', h, w)
+        valid = F.pad(view.valid, (0, width - view.valid.shape[1], 0, height - view.valid.shape[0]))
+        valid = F.adaptive_avg_pool2d(valid[None].float(), expected.shape[1:]) * (expected > -1)  # (K', h, w)
+        squared_error = (context.aligned.similarity[b] - expected) ** 2
+        loss = (squared_error * valid).sum() / valid.sum().clamp(min=1)
+        if not view.mixed:
+            relevance = selected.logits[b, : context.num_classes].sigmoid()
+            loss = loss + ((relevance - view.relevance) ** 2).mean()
+        per_image.append(loss)
+    return torch.stack(per_image).mean()
 
 
 @register(PSEUDO)

@@ -37,8 +37,25 @@ class Assignment:
 def assign_class_regions(mask_logits, targets: Targets, points: SharedPoints) -> Assignment:
     """All E queries of a class mean its whole region. mask_logits: (L, B, E, K', P)."""
     positive = targets.present[None, :, None].expand(mask_logits.shape[:4])
-    index = positive.nonzero(as_tuple=True)
+    index = _true_positions(positive, targets.num_present)
     return Assignment(positive, targets.absent[None, :, None], index, index[3], points.label, points.weight)
+
+
+def _true_positions(mask, counts) -> tuple:
+    """`mask.nonzero(as_tuple=True)` of mask (L, B, E, K'), whose rows over K' hold counts[b] true values in image b.
+
+    The host knows how many positions there are, so it does not have to wait for the device to count them.
+    """
+    num_layers, _, num_scales, _ = mask.shape
+    first = torch.argsort(mask.to(torch.uint8), dim=3, descending=True, stable=True)  # true positions, ascending
+    selected = [first[:, b, :, :count] for b, count in enumerate(counts)]  # (L, E, count) per image
+    parts = torch.cat([part.flatten(1) for part in selected], dim=1)  # (L, T / L), rows image by image
+    scale = torch.arange(num_scales, device=mask.device)
+    scales = torch.cat([scale.repeat_interleave(count) for count in counts])
+    images = torch.arange(len(counts), device=mask.device)
+    image = torch.cat([images[b : b + 1].expand(num_scales * count) for b, count in enumerate(counts)])
+    layer = torch.arange(num_layers, device=mask.device).repeat_interleave(parts.shape[1])
+    return layer, image.repeat(num_layers), scales.repeat(num_layers), parts.flatten()
 
 
 def match_within_class(mask_logits, targets: Targets, points: SharedPoints, matcher) -> Assignment:
@@ -54,7 +71,7 @@ def match_within_class(mask_logits, targets: Targets, points: SharedPoints, matc
         allowed.append((query_class[:, None] == labels) & ~surplus)
         # Index -1, of a point without a segment, reads the False at the end.
         weight[b] *= ~F.pad(surplus, (0, 1))[points.segment[b]]
-    layer, image, query, segment = matcher(
+    layer, image, query, segment, _ = matcher(
         None, mask_logits.flatten(2, 3), points.segment, weight, targets.labels, allowed
     )
     index = layer, image, query // num_classes, query % num_classes

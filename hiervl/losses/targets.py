@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from ..utils.label_maps import connected_components
 from ..utils.padding import pad_to_multiple
+from ..utils.transfer import stack_on_device, to_device
 
 SEGMENTS = ("class_regions", "components", "instances")  # what the instance queries are matched to
 
@@ -29,6 +31,7 @@ class Targets:
         no_object_weight: (B,) float, how much an unmatched query counts.
         present: (B, K) bool, classes with a valid pixel.
         unknown: (B, K) bool, classes that may hide in pixels that are not valid.
+        num_present: number of present classes of each image, known to the host without asking the device.
     """
 
     sem_seg: torch.Tensor
@@ -39,6 +42,7 @@ class Targets:
     no_object_weight: torch.Tensor
     present: torch.Tensor
     unknown: torch.Tensor
+    num_present: list
 
     @property
     def absent(self) -> torch.Tensor:
@@ -125,8 +129,9 @@ def build_targets(
     valid = weight > 0
     present = torch.zeros(batch, num_classes, dtype=torch.long, device=sem_seg.device)
     present = present.scatter_reduce_(1, sem_seg.flatten(1), valid.flatten(1).long(), "amax").bool()
+    on_host = present.cpu()
     if segments == "class_regions":
-        segment_map, labels = _class_regions(sem_seg, valid, present)
+        segment_map, labels = _class_regions(sem_seg, valid, present, on_host)
     elif segments == "components":
         segment_map, labels = _keep_largest(
             sem_seg, valid, max_segments, lambda b, classes: list(connected_components(classes, min_area))
@@ -139,14 +144,16 @@ def build_targets(
     share = torch.ones_like(has_pixel) if image_weight is None else image_weight.to(weight.dtype)
     if unknown is None:
         unknown = torch.zeros(batch, num_classes, dtype=torch.bool, device=sem_seg.device)
-    return Targets(sem_seg, weight, segment_map, labels, share * has_pixel, share * has_pixel, present, unknown)
+    share = share * has_pixel
+    return Targets(sem_seg, weight, segment_map, labels, share, share, present, unknown, on_host.sum(1).tolist())
 
 
-def _class_regions(sem_seg, valid, present):
-    """One segment per class that has a valid pixel."""
+def _class_regions(sem_seg, valid, present, on_host):
+    """One segment per class that has a valid pixel. on_host: a copy of `present` (B, K)."""
     index = present.cumsum(1) - 1  # (B, K)
     segments = index.gather(1, sem_seg.flatten(1)).view_as(sem_seg)
-    return torch.where(valid, segments, -1), [row.nonzero()[:, 0] for row in present]
+    labels = to_device(on_host.nonzero()[:, 1], sem_seg.device).split(on_host.sum(1).tolist())
+    return torch.where(valid, segments, -1), list(labels)
 
 
 def _keep_largest(sem_seg, valid, max_segments, find):
@@ -185,7 +192,8 @@ class TargetBuilder:
     Args:
         segments: one of SEGMENTS. min_area: of components, in pixels. max_segments: per image.
         things: ids of the classes whose objects are numbered.
-        max_classes: classes that a pseudo-labeled image may show; None: all.
+        max_classes: classes that one image may show; None: all. Of a pseudo-labeled image, the most frequent ones are
+            taken.
         size_divisibility: images are padded to multiples of it.
     """
 
@@ -194,28 +202,41 @@ class TargetBuilder:
         self.things, self.max_classes, self.size_divisibility = tuple(things), max_classes, size_divisibility
 
     def __call__(self, inputs: list, num_classes: int, device) -> Targets:
-        """Targets of inputs that are all labeled, or all pseudo-labeled."""
+        """Targets of inputs that are all labeled, or all pseudo-labeled.
+
+        Raises:
+            UserError: a labeled image shows more than max_classes classes.
+        """
         pseudo = inputs[0].get("pseudo", False)
         sem_seg = self._stack(inputs, "sem_seg", device, padding=-1)
-        weight = [x["weight"] if "weight" in x else torch.ones(x["sem_seg"].shape) for x in inputs]
-        weight = pad_to_multiple(torch.stack(weight).to(device, torch.float32), self.size_divisibility)
+        everywhere = torch.ones(inputs[0]["sem_seg"].shape, device=device)
+        weight = stack_on_device([x.get("weight", everywhere) for x in inputs], device)
+        weight = pad_to_multiple(weight.float(), self.size_divisibility)
         # The teacher finds regions, not objects: for "instances" they are cut into components.
         segments = "components" if pseudo and self.segments == "instances" else self.segments
         if pseudo and self.max_classes is not None:
             weight = keep_most_frequent_classes(sem_seg, weight, num_classes, self.max_classes)
-        return build_targets(
+        targets = build_targets(
             sem_seg,
             weight,
             num_classes,
-            image_weight=weight.new_tensor([x["image_weight"] for x in inputs]) if pseudo else None,
-            unknown=torch.stack([x["unknown"] for x in inputs]).to(device) if pseudo else None,
+            image_weight=stack_on_device([torch.as_tensor(x["image_weight"]) for x in inputs], device)
+            if pseudo
+            else None,
+            unknown=stack_on_device([x["unknown"] for x in inputs], device) if pseudo else None,
             segments=segments,
             min_area=self.min_area,
             max_segments=self.max_segments,
             instances=self._stack(inputs, "instances", device, padding=0) if segments == "instances" else None,
             things=self.things,
         )
+        if self.max_classes is not None and max(targets.num_present) > self.max_classes:
+            raise UserError(
+                f"MODEL.HSQG.TOP_K is {self.max_classes}, but a training image shows {max(targets.num_present)} "
+                "classes; raise it to the largest number of classes in one image."
+            )
+        return targets
 
     def _stack(self, inputs, key, device, padding):
-        maps = torch.stack([x[key] for x in inputs]).to(device, non_blocking=True)  # (B, H, W)
+        maps = stack_on_device([x[key] for x in inputs], device)  # (B, H, W)
         return pad_to_multiple(maps, self.size_divisibility, padding)

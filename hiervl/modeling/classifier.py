@@ -41,7 +41,10 @@ class TextClassifier(nn.Module):
         no_object = F.normalize(self.no_object, dim=0).expand(*text.shape[:-2], 1, -1)
         classes = torch.cat((text, no_object), dim=-2)  # (..., K+1, Dt)
         scale = self.log_scale.exp().clamp(max=self.MAX_SCALE)
-        return scale * F.normalize(self.project(queries), dim=-1) @ classes.transpose(-1, -2)
+        projected = self.project(queries)
+        # In float32: at a scale of 100, bfloat16 would round a logit to the next half.
+        with torch.autocast(queries.device.type, enabled=False):
+            return scale * F.normalize(projected.float(), dim=-1) @ classes.float().transpose(-1, -2)
 
 
 def build_classifier(kind: str, dim: int, num_classes: int, text_dim: int) -> nn.Module:

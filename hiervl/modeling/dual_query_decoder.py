@@ -8,6 +8,7 @@ Input: memory F1..F3, mask features M, text embeddings T and, optionally, semant
 for the initial queries and after every layer. The state-dict names are Mask2Former's, so that its checkpoints load.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from detectron2.config import configurable
 from torch import nn
 
 from .classifier import build_classifier
-from .layers import MLP, Attention
+from .layers import MLP, Attention, run_layer
 from .position import sine_position
 
 _NUM_LEVELS = 3
@@ -169,6 +170,7 @@ class QueryDecoder(nn.Module):
         feedforward_dim: int,
         classifier: nn.Module,
         semantic: bool = False,
+        recompute: bool = False,
     ):
         """
         Args:
@@ -179,9 +181,10 @@ class QueryDecoder(nn.Module):
             num_heads, num_layers, feedforward_dim: settings of the decoder layers.
             classifier: module that maps (queries (B, N, C), T) to class logits (B, N, K'+1).
             semantic: also decode a set of semantic queries.
+            recompute: compute the layers' activations again in the backward pass instead of keeping them.
         """
         super().__init__()
-        self.semantic = semantic
+        self.semantic, self.recompute = semantic, recompute
         self.transformer_cross_attention_layers = nn.ModuleList(
             CrossAttentionLayer(hidden_dim, num_heads) for _ in range(num_layers)
         )
@@ -232,6 +235,7 @@ class QueryDecoder(nn.Module):
             "num_layers": options.NUM_LAYERS,
             "feedforward_dim": options.FEEDFORWARD_DIM,
             "semantic": cfg.MODEL.DECODER.SEMANTIC,
+            "recompute": "decoder" in cfg.SOLVER.ACTIVATION_CHECKPOINTING,
             "classifier": build_classifier(options.CLASSIFIER, options.HIDDEN_DIM, num_classes, text_dim),
         }
 
@@ -253,7 +257,7 @@ class QueryDecoder(nn.Module):
         position, bias = self.query_embed.weight, None
         if semantic is not None:
             queries, position, bias = self._join(semantic, queries, position)
-        predictions = []
+        predictions, run = [], functools.partial(run_layer, recompute=self.recompute)
         for i in range(len(self.transformer_ffn_layers)):
             normed = self.decoder_norm(queries)
             embed = self.mask_embed(normed)
@@ -261,15 +265,20 @@ class QueryDecoder(nn.Module):
                 predictions.append(self._predict(normed, embed, text, semantic))
             level = i % _NUM_LEVELS
             attention_mask = self._attention_mask(embed, small_masks[level], semantic if i == 0 else None)
-            queries = self.transformer_cross_attention_layers[i](
-                queries, position, tokens[level], positions[level], attention_mask
+            queries = run(
+                self.transformer_cross_attention_layers[i],
+                queries,
+                position,
+                tokens[level],
+                positions[level],
+                attention_mask,
             )
-            queries = self.transformer_self_attention_layers[i](queries, position, bias)
-            queries = self.transformer_ffn_layers[i](queries)
+            queries = run(self.transformer_self_attention_layers[i], queries, position, bias)
+            queries = run(self.transformer_ffn_layers[i], queries)
             if semantic is not None:
                 num_semantic = queries.shape[1] - self.num_queries  # E*K'
                 semantic_set, instance_set = queries[:, :num_semantic], queries[:, num_semantic:]
-                queries = torch.cat(self.exchanges[i](semantic_set, instance_set, bias[..., :num_semantic]), 1)
+                queries = torch.cat(run(self.exchanges[i], semantic_set, instance_set, bias[..., :num_semantic]), 1)
         normed = self.decoder_norm(queries)
         return [*predictions, self._predict(normed, self.mask_embed(normed), text, semantic)]
 

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MLP(nn.Module):
@@ -48,6 +49,13 @@ class Attention(nn.MultiheadAttention):
             mask = mask[:, None] if mask.dtype == torch.bool else mask[:, None].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def run_layer(layer: nn.Module, *args, recompute: bool):
+    """`layer(*args)`; with `recompute`, its activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 class Temperature(nn.Module):

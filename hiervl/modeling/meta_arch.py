@@ -13,6 +13,7 @@ from ..losses.points import SharedPoints
 from ..losses.regularizers import LABELED, PSEUDO, LossContext, Regularizers
 from ..losses.targets import TargetBuilder
 from ..utils.padding import pad_to_multiple
+from ..utils.transfer import stack_on_device, to_device
 from .backbones import build_backbone
 from .dual_query_decoder import QueryDecoder, SemanticQueries
 from .inference import ClassScoreHead, InferenceProtocol, Probabilities, upsample_to_image
@@ -38,7 +39,7 @@ class HierVL(nn.Module):
         feature_dropout: float, share of backbone channels to drop (default 0)
         pseudo: True for a pseudo-labeled image (default False), which also needs
             image_weight: float, its kept share; unknown: (K,) bool, classes that may hide in it;
-            teacher: the EMA teacher's view (see regularizers.LossContext), in a network with language modules
+            teacher: TeacherView, what the EMA teacher saw, in a network with language modules
     and returns weighted scalar losses by kind of image: {"labeled": {"loss_class": ..., ...}, "pseudo": {...}}.
 
     In evaluation it takes a list of dicts with `image`, and optionally `height` and `width` of the output, and returns
@@ -231,16 +232,8 @@ class HierVL(nn.Module):
             anchors=self.text and self.text.anchors(),
             name_queries=self.query_generator.project_names(text) if with_queries else None,
             similarity_temperature=self.alignment and self.alignment.score_temperature(),
-            teacher=self._teacher_view(inputs),
+            teacher=[x["teacher"] for x in inputs if "teacher" in x] or None,
         )
-
-    def _teacher_view(self, inputs) -> dict | None:
-        """The EMA teacher's view of pseudo-labeled images, stacked: see LossContext."""
-        views = [x["teacher"] for x in inputs if "teacher" in x]
-        if not views:
-            return None
-        stacked = {key: torch.stack([view[key] for view in views]).to(self.device) for key in views[0]}
-        return stacked | {"valid": pad_to_multiple(stacked["valid"], self.size_divisibility, False)}
 
     def _names(self, distractors=False):
         """T' (V, Dt) of the classes, followed by the distractors if asked for; and all their texts (V, R, Dt), or None
@@ -382,10 +375,10 @@ class HierVL(nn.Module):
         return pad_to_multiple(valid, self.size_divisibility, False).expand(batch, -1, -1)
 
     def _stack(self, inputs, key):
-        return torch.stack([x[key] for x in inputs]).to(self.device, non_blocking=True)
+        return stack_on_device([x[key] for x in inputs], self.device)
 
 
 def _drop_channels(x, rates):
     """Channel dropout of (B, C, h, w), with rate rates[b] for image b; the channels that stay are scaled up."""
-    keep = 1 - torch.tensor(rates, device=x.device, dtype=x.dtype)[:, None].expand(-1, x.shape[1])  # (B, C)
+    keep = 1 - to_device(torch.tensor(rates, dtype=x.dtype), x.device)[:, None].expand(-1, x.shape[1])  # (B, C)
     return x * (torch.bernoulli(keep) / keep)[..., None, None]

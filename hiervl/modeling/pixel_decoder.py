@@ -12,7 +12,7 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import nn
 
-from .layers import Attention
+from .layers import Attention, run_layer
 from ..ops import MSDeformAttn
 from .position import sine_position
 
@@ -69,10 +69,23 @@ class Encoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The encoder and its level embeddings, named as in Mask2Former's checkpoints."""
+    """The encoder and its level embeddings, named as in Mask2Former's checkpoints.
 
-    def __init__(self, num_layers: int, dim: int, feedforward_dim: int, num_heads: int, num_points: int, text_dim: int):
+    With `recompute`, the activations of its layers are computed again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        dim: int,
+        feedforward_dim: int,
+        num_heads: int,
+        num_points: int,
+        text_dim: int,
+        recompute: bool,
+    ):
         super().__init__()
+        self.recompute = recompute
         self.level_embed = nn.Parameter(torch.randn(len(_LEVELS), dim))
         self.encoder = Encoder(num_layers, dim, feedforward_dim, len(_LEVELS), num_heads, num_points, text_dim)
         for parameter in self.encoder.parameters():
@@ -101,7 +114,7 @@ class Transformer(nn.Module):
         )[None]  # (1, S, C)
         reference = _reference_points(shapes, x.device)
         for layer in self.encoder.layers:
-            x = layer(x, position, reference, shapes, starts, text)
+            x = run_layer(layer, x, position, reference, shapes, starts, text, recompute=self.recompute)
         # (B, S, C) -> (B, C, h, w) per level. The result is already channels-last in memory, even for a single image,
         # so the convolutions that follow need no copy.
         return [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(x.split(sizes, dim=1), shapes)]
@@ -122,6 +135,7 @@ class PixelDecoder(nn.Module):
         num_points: int,
         feedforward_dim: int,
         text_dim: int = 0,
+        recompute: bool = False,
     ):
         """
         Args:
@@ -130,6 +144,7 @@ class PixelDecoder(nn.Module):
             mask_dim: channels of the mask features M.
             num_layers, num_heads, num_points, feedforward_dim: settings of the deformable encoder.
             text_dim: width of the text embeddings that the encoder layers attend to; 0 for an encoder without text.
+            recompute: compute the encoder's activations again in the backward pass instead of keeping them.
         """
         super().__init__()
         self.input_proj = nn.ModuleList(
@@ -139,7 +154,9 @@ class PixelDecoder(nn.Module):
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
-        self.transformer = Transformer(num_layers, conv_dim, feedforward_dim, num_heads, num_points, text_dim)
+        self.transformer = Transformer(
+            num_layers, conv_dim, feedforward_dim, num_heads, num_points, text_dim, recompute
+        )
         self.text_aware = text_dim > 0
         self.adapter_1 = Conv2d(input_shape["res2"].channels, conv_dim, 1, bias=False, norm=nn.GroupNorm(32, conv_dim))
         self.layer_1 = Conv2d(
@@ -162,6 +179,7 @@ class PixelDecoder(nn.Module):
             "num_points": options.NUM_POINTS,
             "feedforward_dim": options.FEEDFORWARD_DIM,
             "text_dim": text_dim if options.TEXT_AWARE else 0,
+            "recompute": "pixel_decoder" in cfg.SOLVER.ACTIVATION_CHECKPOINTING,
         }
 
     def forward(self, features, text=None):

@@ -106,8 +106,6 @@ class QueryGenerator(nn.Module):
             required: (B, V) bool, classes that must be selected because the target contains them (training).
             trained: (V,) bool, names seen in training (inference). A trained class below min_relevance is suppressed;
                 for a new name, relevance only decides its rank. None: no class is suppressed.
-        Raises:
-            UserError: an image shows more classes than MODEL.HSQG.TOP_K.
         """
         pixels = l2_normalize(self.project(res5).float())
         logits = self.relevance(pixels, text, valid_mask)
@@ -142,17 +140,10 @@ class QueryGenerator(nn.Module):
     def select(self, logits, required=None) -> torch.Tensor:
         """Relevance logits (B, V) -> indices (B, K'): the required classes first, then the most relevant others.
 
-        Raises:
-            UserError: an image requires more than top_k classes.
+        No image may require more than top_k classes; TargetBuilder makes sure of it.
         """
         top_k = min(self.top_k, logits.shape[1])
         if required is not None:
-            max_required = int(required.sum(1).max())
-            if max_required > top_k:
-                raise UserError(
-                    f"MODEL.HSQG.TOP_K is {top_k}, but a training image shows {max_required} classes; raise it to the "
-                    "largest number of classes in one image."
-                )
             logits = logits.masked_fill(required, torch.inf)
         if top_k == logits.shape[1]:
             return torch.arange(top_k, device=logits.device).expand(len(logits), -1)

@@ -6,6 +6,8 @@ The student's inputs are the strong views after CutMix, and the weak view with f
 import torch
 from detectron2.engine import HookBase
 
+from ..losses.regularizers import TeacherView
+from ..utils.transfer import stack_on_device
 from .filters import FilterChain, PseudoLabels
 
 
@@ -18,6 +20,13 @@ def paste(box, target, source):
     mixed = target.clone()
     mixed[..., top:bottom, left:right] = source[..., top:bottom, left:right]
     return mixed
+
+
+def split_evenly(items: list, parts: int) -> list:
+    """Split a list into `parts` lists of nearly equal size, or into lists of one item if there are fewer items."""
+    parts = min(parts, len(items))
+    edges = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[start:end] for start, end in zip(edges, edges[1:])]
 
 
 class PseudoLabelHook(HookBase):
@@ -60,24 +69,23 @@ class PseudoLabelHook(HookBase):
     @torch.no_grad()
     def predict_pseudo_labels(self, unlabeled) -> PseudoLabels:
         """The teacher's pseudo-labels of the weak views, with everything that filters may read."""
+        padded = any(x["padded"] for x in unlabeled)
+        parts = split_evenly(unlabeled, self.trainer.accumulate)
+        return PseudoLabels.concatenate([self._predict_part(part, padded) for part in parts])
+
+    def _predict_part(self, unlabeled, padded) -> PseudoLabels:
         teacher = self.trainer.teacher.model
-        images = torch.stack([x["image"] for x in unlabeled]).to(teacher.device).float()
-        valid = torch.stack([x["valid"] for x in unlabeled]).to(teacher.device)
-        with self.trainer.autocast():
-            prediction = teacher.predict(
-                images, suppress=False, valid=valid if any(x["padded"] for x in unlabeled) else None
-            )
+        images = stack_on_device([x["image"] for x in unlabeled], teacher.device).float()
+        valid = stack_on_device([x["valid"] for x in unlabeled], teacher.device)
+        with self.trainer.precision.autocast():
+            prediction = teacher.predict(images, suppress=False, valid=valid if padded else None)
         return PseudoLabels.from_probabilities(
-            prediction.dense().float(),
+            prediction.values.float(),
             valid,
             teacher.class_names,
+            prediction.index,
             relevance=prediction.relevance,
-            considered=prediction.scatter_to_all_classes(
-                torch.ones_like(prediction.index, dtype=torch.bool)[..., None, None]
-            )[..., 0, 0],
-            pixel_text=None
-            if prediction.pixel_text is None
-            else prediction.scatter_to_all_classes(prediction.pixel_text.float(), fill=-1.0),
+            pixel_text=None if prediction.pixel_text is None else prediction.pixel_text.float(),
         )
 
     def student_inputs(self, unlabeled, pseudo, weight):
@@ -122,26 +130,24 @@ class PseudoLabelHook(HookBase):
         The teacher excludes a class if its probability is below the threshold everywhere. A class that HSQG did not
         select has no probabilities, and is therefore not excluded.
         """
-        highest = pseudo.probabilities.masked_fill(~pseudo.valid[:, None], 0).flatten(2).amax(2)
-        not_excluded = highest >= self.absence_threshold
-        return not_excluded if pseudo.considered is None else not_excluded | ~pseudo.considered
+        shape = len(pseudo.index), len(pseudo.class_names)
+        not_excluded = torch.ones(shape, dtype=torch.bool, device=pseudo.index.device)
+        return not_excluded.scatter(1, pseudo.index, pseudo.highest >= self.absence_threshold)
 
     @staticmethod
     def _teacher_targets(pseudo, i, j=None, box=None):
-        """The teacher's view for input i, with a box of input j pasted in; see losses.regularizers.LossContext."""
+        """The teacher's view for input i, with a box of input j pasted in; see losses.regularizers.TeacherView."""
         if pseudo.pixel_text is None:
             return {}
-        view = {"pixel_text": pseudo.pixel_text[i], "valid": pseudo.valid[i]}
+        pixel_text, index, valid = pseudo.pixel_text[i], pseudo.index[i], pseudo.valid[i]
         if box is not None:
             quarter = [round(edge / 4) for edge in box]  # the pixel-text similarity has stride 4
-            view = {
-                "pixel_text": paste(quarter, view["pixel_text"], pseudo.pixel_text[j]),
-                "valid": paste(box, view["valid"], pseudo.valid[j]),
-            }
-        return {
-            "teacher": view
-            | {"relevance": pseudo.relevance[i], "mixed": torch.tensor(box is not None, device=pseudo.valid.device)}
-        }
+            unknown = torch.full_like(pixel_text, -1.0)
+            # The two images may have different classes: each keeps its own maps, known on its side of the box's edge.
+            outside, inside = paste(quarter, pixel_text, unknown), paste(quarter, unknown, pseudo.pixel_text[j])
+            pixel_text, index = torch.cat((outside, inside)), torch.cat((index, pseudo.index[j]))
+            valid = paste(box, valid, pseudo.valid[j])
+        return {"teacher": TeacherView(pixel_text, index, valid, pseudo.relevance[i], mixed=box is not None)}
 
     @torch.no_grad()
     def _log(self, unlabeled, pseudo, weight, kept):

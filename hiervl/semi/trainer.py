@@ -27,7 +27,8 @@ from ..evaluation.report import summary_table
 from ..evaluation.runner import Evaluation
 from .solver import build_lr_scheduler, build_optimizer
 from .ema import EMAHook, EMATeacher
-from .pseudo_label import PseudoLabelHook
+from .precision import MixedPrecision
+from .pseudo_label import PseudoLabelHook, split_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,13 @@ logger = logging.getLogger(__name__)
 class SemiSupervisedTrainer(TrainerBase):
     """Built from the whole config, as Detectron2's DefaultTrainer is; everything below it takes plain arguments.
 
-    Attributes that hooks use: student, teacher, batch ({"labeled", "unlabeled"} lists of dicts), pseudo_inputs
-    (the student's pseudo-labeled inputs of this iteration), log (tensors to be written at the next log line).
+    Attributes that hooks use: student, teacher, precision, accumulate (number of micro-batches), batch ({"labeled",
+    "unlabeled"} lists of dicts), pseudo_inputs (the student's pseudo-labeled inputs of this iteration), log (tensors
+    to be written at the next log line).
     """
 
     def __init__(self, cfg):
         super().__init__()
-        _check_accumulation(cfg)
         self.cfg = cfg
         torch.manual_seed(cfg.SEED)
         self.student = build_model(cfg)
@@ -57,7 +58,8 @@ class SemiSupervisedTrainer(TrainerBase):
         self.teacher.model.regularizers = None  # it has no losses, so it needs no copy of the initial backbone
         self.optimizer = build_optimizer(cfg, self.student)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
-        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.precision = MixedPrecision.from_config(cfg, self.student.device)
+        self.max_iter, self.accumulate = cfg.SOLVER.MAX_ITER, cfg.SOLVER.ACCUMULATE
         self.evaluation = Evaluation(cfg, {"student": self.student, "teacher": self.teacher.model})
         self.checkpointer = AtomicCheckpointer(
             self.student,
@@ -151,22 +153,27 @@ class SemiSupervisedTrainer(TrainerBase):
         normalizers = self._normalizers(batches)
         self.optimizer.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
-            with self._gradient_sync(last=i == len(batches) - 1), self.autocast():
-                losses = self.model(batch, normalizers)
-                self._total(losses).backward()
+            with self._gradient_sync(last=i == len(batches) - 1):
+                with self.precision.autocast():
+                    losses = self.model(batch, normalizers)
+                self.precision.backward(self._total(losses))
             self._add_to_log(losses)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.SOLVER.CLIP_NORM, foreach=True)
-        if not torch.isfinite(norm):
+        try:
+            norm = self.precision.step(self.optimizer, self.student.parameters(), self.cfg.SOLVER.CLIP_NORM)
+        except FloatingPointError:
             self._report_non_finite()
-        self.optimizer.step()
         average_batch_statistics(self.student)
         self.log["grad_norm"] = norm
         self._write_log()
 
     def _micro_batches(self):
-        """Split the student's inputs into SOLVER.ACCUMULATE parts, each with its share of both kinds."""
-        parts, labeled, pseudo = self.cfg.SOLVER.ACCUMULATE, self.batch["labeled"], self.pseudo_inputs
-        return [labeled[i::parts] + pseudo[i::parts] for i in range(parts)]
+        """Split the student's inputs into SOLVER.ACCUMULATE parts of equal size, or of one image each.
+
+        Labeled images are in the last parts: ranks exchange gradients after the very last one, and only the losses of
+        labeled images reach every parameter.
+        """
+        inputs = self.pseudo_inputs + self.batch["labeled"]
+        return split_evenly(inputs, self.accumulate)
 
     def _normalizers(self, batches) -> dict:
         """Denominators over all micro-batches, as a mean over ranks (distributed gradients are averaged)."""
@@ -180,9 +187,6 @@ class SemiSupervisedTrainer(TrainerBase):
     def _gradient_sync(self, last):
         """Gradients are exchanged between ranks once, after the last micro-batch."""
         return contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync()
-
-    def autocast(self):
-        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.cfg.SOLVER.AMP.ENABLED)
 
     def unlabeled_weight(self) -> float:
         """λ_u at this iteration: 0 during burn-in, then a linear ramp of SEMI.RAMP iterations to SEMI.WEIGHT."""
@@ -227,10 +231,19 @@ class SemiSupervisedTrainer(TrainerBase):
                 **log,
                 unlabeled_weight=self.unlabeled_weight(),
                 total_loss=self._total(losses),
+                **self.precision.counters(),
                 data_time=self._data_time,
                 smoothing_hint=False,
             )
         self.log = {}
+
+    def state_dict(self):
+        return super().state_dict() | {"precision": self.precision.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if "precision" in state:  # absent from checkpoints of version 0.1.0
+            self.precision.load_state_dict(state["precision"])
 
     def evaluate(self):
         """Evaluate student and teacher, and save the checkpoint that is best on the first test set."""
@@ -272,13 +285,3 @@ def may_lack_gradients(cfg) -> bool:
         model.REGULARIZERS.DIVERSITY,
     )
     return model.HSQG.ENABLED and not all(parts)
-
-
-def _check_accumulation(cfg):
-    """Check that every micro-batch gets a labeled image. (The loader checks IMS_PER_BATCH against the processes.)"""
-    parts, per_batch, processes = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if not 1 <= parts <= max(per_batch // processes, 1):
-        raise UserError(
-            f"SOLVER.ACCUMULATE is {parts}; it must lie between 1 and the number of labeled images per "
-            f"process and iteration (SOLVER.IMS_PER_BATCH {per_batch} over {processes} processes)."
-        )

@@ -9,7 +9,7 @@ from hiervl.losses.criterion import Criterion
 from hiervl.losses.mask_losses import balanced_presence_loss
 from hiervl.modeling.dual_query_decoder import QueryPredictions
 from hiervl.modeling.inference import ClassScoreHead
-from hiervl.losses.matcher import HungarianMatcher
+from hiervl.losses.matcher import HungarianMatcher, Matches
 from hiervl.losses.points import SharedPoints, pixel_centers, sample_maps
 from hiervl.losses.semantic_set import match_within_class
 from hiervl.losses.targets import build_targets
@@ -315,7 +315,7 @@ def test_the_class_loss_equals_its_formula():
     criterion = make_criterion(class_weight=1.0, no_object_weight=0.3)
     segment_of = [{0: 0, 1: 1, 2: 2}, {3: 2, 4: 0, 5: 1}]  # {query: segment, which is its class here}
     pairs = torch.tensor([(0, b, q, s) for b, matched in enumerate(segment_of) for q, s in matched.items()])
-    criterion.matcher = lambda *args: pairs.unbind(1)
+    criterion.matcher = lambda *args: Matches(*pairs.unbind(1), counts=[3, 3])
     predictions = make_predictions(layers=1)
     logits = predictions[0][0].class_logits.detach()
     total_loss = total_weight = 0

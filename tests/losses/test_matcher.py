@@ -36,7 +36,8 @@ def test_the_assignment_is_the_cheapest():
     matcher, (classes, masks, segments, weight, labels) = HungarianMatcher(2.0, 5.0, 5.0), problem()
     cost = matcher._cost(classes[:, 0], masks[:, 0], segments[0], weight[0], labels[0])[0]
     best = min(itertools.permutations(range(N), 3), key=lambda queries: sum(cost[q, s] for s, q in enumerate(queries)))
-    layer, image, query, segment = matcher(classes, masks, segments, weight, labels)
+    layer, image, query, segment, counts = matcher(classes, masks, segments, weight, labels)
+    assert torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).equal(image)
     assert {int(s): int(q) for q, s in zip(query, segment)} == dict(enumerate(best))
     assert layer.tolist() == image.tolist() == [0, 0, 0]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hiervl.losses.points import SharedPoints, sample_maps
-from hiervl.losses.regularizers import LABELED, PSEUDO, REGULARIZERS
+from hiervl.losses.regularizers import LABELED, PSEUDO, REGULARIZERS, TeacherView
 from hiervl.losses.targets import build_targets
 from tests.networks import flatten_losses, make_network, pseudo_input, training_input
 
@@ -87,26 +87,23 @@ def test_pixels_near_a_labeled_boundary_weigh_more_in_the_vision_language_loss(k
 def test_consistency_compares_relevance_only_where_no_other_image_was_pasted():
     """The similarities agree wherever they are compared: not for distractor 3, nor for class 1, which the teacher did
     not select, nor on padding."""
-    expected = torch.rand(2, 3, 4, 4)
-    expected[:, 1] = -1
+    expected = torch.rand(2, 2, 4, 4)  # of classes 0 and 2
     index = torch.tensor([[2, 3, 1, 0]] * 2)
-    similarity = torch.stack((expected[:, 2], torch.full((2, 4, 4), 9.0), torch.zeros(2, 4, 4), expected[:, 0]), dim=1)
+    similarity = torch.stack((expected[:, 1], torch.full((2, 4, 4), 9.0), torch.zeros(2, 4, 4), expected[:, 0]), dim=1)
     similarity[..., 3] += 5
     valid = torch.ones(2, 16, 16, dtype=torch.bool)
     valid[..., 12:] = False
+    relevance = torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.2, 0.9]])
     context = SimpleNamespace(
-        selected=SimpleNamespace(index=index, logits=torch.zeros(2, 4)),
+        images=torch.zeros(2, 3, 16, 16),
+        num_classes=3,
+        selected=SimpleNamespace(index=index, names=torch.zeros(4, 8), logits=torch.zeros(2, 4)),
         aligned=SimpleNamespace(similarity=similarity),
-        teacher={
-            "pixel_text": expected,
-            "relevance": torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.2, 0.9]]),
-            "valid": valid,
-            "mixed": torch.tensor([False, False]),
-        },
+        teacher=[TeacherView(expected[b], torch.tensor([0, 2]), valid[b], relevance[b], mixed=False) for b in range(2)],
     )
     consistency = REGULARIZERS["consistency"][0]
     torch.testing.assert_close(consistency(context, None), torch.tensor((0.3**2 + 0.4**2) / 3 / 2))
-    context.teacher["mixed"] = torch.tensor([False, True])
+    context.teacher[1].mixed = True
     assert consistency(context, None) == 0
     similarity[0, 0, 0, 0] += 1  # one of the 2 x 12 values compared in image 0
     torch.testing.assert_close(consistency(context, None), torch.tensor(1 / 24 / 2))
@@ -117,3 +114,14 @@ def test_diversity_ignores_names_that_point_apart():
     queries = torch.tensor([[[2.0, 0.0]], [[0.6, 0.8]], [[-5.0, 0.0]]])  # (E, K=1, d)
     loss = REGULARIZERS["diversity"][0](SimpleNamespace(name_queries=queries), None)
     torch.testing.assert_close(loss, torch.tensor(2 * 0.6 / 6))
+
+
+def test_after_cutmix_a_class_is_known_wherever_one_of_the_two_images_knows_it():
+    """Class 4 was selected in both images, class 1 outside of the box only, class 3 inside only."""
+    outside, inside = torch.rand(2, 1, 4), torch.rand(2, 1, 4)
+    outside[..., 2:], inside[..., :2] = -1, -1
+    view = TeacherView(torch.cat((outside, inside)), torch.tensor([4, 1, 3, 4]), None, None, mixed=True)
+    similarity = view.similarity_of(torch.tensor([1, 4, 0, 3]), num_names=6)
+    assert similarity[0].equal(outside[1]) and similarity[3].equal(inside[0])
+    assert similarity[1, 0].equal(torch.cat((outside[0, 0, :2], inside[1, 0, 2:])))
+    assert (similarity[2] == -1).all()

@@ -1,7 +1,9 @@
 """Label maps cut into segments, and the same in terms of kept classes."""
 
+import pytest
 import torch
 
+from hiervl.errors import UserError
 from hiervl.losses.targets import TargetBuilder, build_targets
 
 
@@ -65,3 +67,11 @@ def test_pseudo_labels_are_cut_into_components_where_labels_have_instances():
     assert labeled.labels[0].tolist() == [0, 1]
     pseudo = {"sem_seg": sem_seg, "pseudo": True, "image_weight": 1.0, "unknown": torch.zeros(2, dtype=torch.bool)}
     assert builder([pseudo], 2, "cpu").labels[0].tolist() == [0, 1, 1]
+
+
+def test_a_labeled_image_with_more_classes_than_can_be_selected_is_an_error():
+    builder = TargetBuilder(segments="class_regions", min_area=1, max_segments=9, max_classes=2)
+    few, many = {"sem_seg": torch.tensor([[0, 0, 1]])}, {"sem_seg": torch.tensor([[0, 2, 1]])}
+    assert builder([few], 3, "cpu").num_present == [2]
+    with pytest.raises(UserError, match="MODEL.HSQG.TOP_K is 2, but a training image shows 3 classes"):
+        builder([few, many], 3, "cpu")

@@ -1,10 +1,8 @@
 """HSQG: the relevance of a name, and which classes are selected."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from hiervl.errors import UserError
 from hiervl.modeling.query_generator import QueryGenerator
 
 B, C, DT, D = 2, 8, 16, 12
@@ -72,12 +70,6 @@ def test_required_classes_are_selected_first_and_then_the_most_relevant():
         most_relevant = other_logits.topk(3 - len(required_index)).indices.tolist()
         assert set(selected.index[b].tolist()) == {*required_index, *most_relevant}
         torch.testing.assert_close(selected.text[b], text[selected.index[b]])
-
-
-def test_more_required_classes_than_top_k_are_an_error():
-    required = torch.tensor([[1, 1, 1, 0, 0, 0]] * B).bool()
-    with pytest.raises(UserError, match="MODEL.HSQG.TOP_K is 2, but a training image shows 3"):
-        make_generator(top_k=2)(torch.randn(B, C, 3, 5), random_texts(), required=required)
 
 
 def test_untrained_names_and_the_most_relevant_class_are_never_suppressed():

@@ -5,7 +5,7 @@ import torch
 
 from hiervl.config import load_config
 from hiervl.errors import UserError
-from hiervl.semi.filters import FILTERS, FilterChain, PseudoLabels
+from hiervl.semi.filters import FILTERS, ClassState, FilterChain, PseudoLabels, class_quantiles
 
 OPTIONS = {
     "confidence": {"threshold": 0.5},
@@ -36,7 +36,7 @@ def make_pseudo(batch=2, size=16):
 def test_every_filter_only_lowers_weights(name):
     pseudo = make_pseudo()
     weight = torch.rand(pseudo.labels.shape)
-    factor = FILTERS[name](pseudo, weight, {}, **OPTIONS[name])
+    factor = FILTERS[name](pseudo, weight, ClassState(), **OPTIONS[name])
     assert factor.shape == weight.shape
     assert (factor >= 0).all() and (factor <= 1).all()
     assert (factor < 1).any()
@@ -60,11 +60,12 @@ def test_adaptive_thresholds_are_quantiles_per_class_within_bounds():
     confidence = torch.linspace(0.5, 1, 100).view(1, 10, 10)
     scores = torch.zeros(1, 3, 10, 10).scatter_(1, labels[:, None], confidence[:, None])
     pseudo = PseudoLabels.from_probabilities(scores, torch.ones_like(labels, dtype=torch.bool), NAMES)
-    state = {}
+    state = ClassState()
     kept = FILTERS["adaptive"](pseudo, torch.ones(1, 10, 10), state, quantile=0.5, floor=0.1, ceiling=0.8, momentum=0.9)
-    assert state["road"] == pytest.approx(confidence[labels == 0].median().item(), abs=0.01)
-    assert "tree" not in state  # never predicted: no threshold of its own
-    assert (kept[labels == 0] == (confidence[labels == 0] >= state["road"])).all()
+    saved = state.state_dict()
+    assert saved["road"] == pytest.approx(confidence[labels == 0].quantile(0.5).item())
+    assert "tree" not in saved  # never predicted: no threshold of its own
+    assert (kept[labels == 0] == (confidence[labels == 0] >= saved["road"])).all()
     assert (kept[labels == 1] == (confidence[labels == 1] >= 0.8)).all()  # its median lies above the ceiling
 
 
@@ -136,10 +137,11 @@ def test_a_pixel_at_the_threshold_is_kept():
 
 
 def test_an_adaptive_threshold_is_a_running_mean_over_the_pixels_kept_so_far():
-    pseudo, state = make_two_class(torch.tensor([[[0.9, 0.9, 0.6]]])), {"a": 0.5}
+    pseudo, state = make_two_class(torch.tensor([[[0.9, 0.9, 0.6]]])), ClassState()
+    state.load_state_dict({"a": 0.5})
     weight = torch.tensor([[[1.0, 1.0, 0.0]]])
     FILTERS["adaptive"](pseudo, weight, state, quantile=0.0, floor=0.1, ceiling=1.0, momentum=0.75)
-    assert state == {"a": pytest.approx(0.75 * 0.5 + 0.25 * 0.9)}
+    assert state.state_dict() == {"a": pytest.approx(0.75 * 0.5 + 0.25 * 0.9)}
 
 
 @pytest.mark.parametrize("similarity, margin, kept", [(0.3, 0.0, 1), (0.25, 0.0, 0), (0.25, 0.1, 1), (0.1, 0.1, 0)])
@@ -165,3 +167,38 @@ def test_the_image_average_is_over_the_pixels_that_are_not_padding():
     pseudo = make_two_class(torch.tensor([[[0.75, 0.6, 0.9, 0.6, 0.9, 0.9]]]))
     pseudo.valid[..., 4:] = False
     assert FILTERS["image_average"](pseudo, torch.ones(1, 1, 6), {}, threshold=0.75).unique().tolist() == [0.5]
+
+
+def test_class_quantiles_are_those_of_torch():
+    torch.manual_seed(0)
+    values, labels, mask = torch.rand(3, 20, 20), torch.randint(0, 5, (3, 20, 20)), torch.rand(3, 20, 20) > 0.3
+    labels[labels == 3] = 1  # class 3 has no value, class 4 a single one
+    labels[labels == 4] = 2
+    labels[0, 0, 0], mask[0, 0, 0] = 4, True
+    values[1, :4] = 1.0  # ties
+    for quantile in (0.0, 0.2, 0.5, 1.0):
+        result, counts = class_quantiles(values, labels, mask, 5, quantile)
+        for k in range(5):
+            of_class = values[mask & (labels == k)]
+            assert counts[k] == len(of_class)
+            expected = of_class.quantile(quantile) if len(of_class) else torch.tensor(0.0)
+            torch.testing.assert_close(result[k], expected, atol=1e-6, rtol=0)
+
+
+def test_pseudo_labels_of_selected_classes_are_those_of_all_classes():
+    """Three of five classes are selected, in another order in every image; the others have probability 0."""
+    torch.manual_seed(0)
+    index = torch.stack([torch.randperm(5)[:3] for _ in range(4)])
+    probabilities, valid = torch.rand(4, 3, 8, 8), torch.rand(4, 8, 8) > 0.2
+    dense = torch.zeros(4, 5, 8, 8).scatter(1, index[..., None, None].expand_as(probabilities), probabilities)
+    names = list("abcde")
+    whole = PseudoLabels.from_probabilities(dense, valid, names)
+    parts = [
+        PseudoLabels.from_probabilities(probabilities[i : i + 2], valid[i : i + 2], names, index[i : i + 2])
+        for i in (0, 2)
+    ]
+    pseudo = PseudoLabels.concatenate(parts)
+    assert pseudo.labels.equal(whole.labels) and pseudo.confidence.equal(whole.confidence)
+    assert pseudo.highest.equal(whole.highest.gather(1, index)) and pseudo.class_names == names
+    for b in range(4):
+        assert index[b][pseudo.position(b)].equal(pseudo.labels[b])

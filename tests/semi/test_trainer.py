@@ -7,7 +7,7 @@ import torch
 from detectron2.engine import HookBase
 
 from hiervl.config import load_config
-from hiervl.errors import UserError
+from hiervl.losses import points as points_module
 from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
 
 from tests.networks import flatten_losses, training_input
@@ -137,13 +137,9 @@ def test_accumulation_learns_from_every_image_once(make_cfg, tmp_path):
     trainer.pseudo_inputs = [{"i": 3}, {"i": 4}]
     chunks = trainer._micro_batches()
     assert sorted(x["i"] for chunk in chunks for x in chunk) == [0, 1, 2, 3, 4]
+    trainer.accumulate = 99  # as many as there are images; the last one is labeled
+    assert [x["i"] for (x,) in trainer._micro_batches()] == [3, 4, 0, 1, 2]
     assert train(make_cfg("SOLVER.ACCUMULATE", 2, "OUTPUT_DIR", str(tmp_path / "b"))).iter == 6
-
-
-@pytest.mark.parametrize("parts", [0, 3])
-def test_every_micro_batch_needs_a_labeled_image(make_cfg, parts):
-    with pytest.raises(UserError, match=f"SOLVER.ACCUMULATE is {parts};.*SOLVER.IMS_PER_BATCH 2"):
-        SemiSupervisedTrainer(make_cfg("SOLVER.ACCUMULATE", parts))
 
 
 @pytest.mark.parametrize(
@@ -285,3 +281,64 @@ def test_weights_of_one_network_are_for_student_and_teacher(make_cfg, tmp_path, 
     for model in (second.student, second.teacher.model):
         for name, value in model.state_dict().items():
             assert torch.equal(value, first.student.state_dict()[name]), name
+
+
+def gradients_of_one_step(cfg, monkeypatch):
+    """Losses and gradients of the last iteration of a short run; points are drawn alike for every image."""
+    monkeypatch.setattr(points_module.torch, "rand", lambda *shape, device=None: evenly(shape))
+    trainer, found = SemiSupervisedTrainer(cfg), {}
+
+    def note():
+        found.update({name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None})
+
+    watch(trainer, after=note)
+    trainer.train()
+    log = {name: value[0] for name, value in trainer.storage.latest().items() if "loss" in name}
+    return log, found
+
+
+def evenly(shape):
+    return torch.linspace(0, 1, shape[-1] + 1)[:-1].expand(*shape)
+
+
+SAME_STEP = ["SEMI.BURN_IN", 0, "SEMI.RAMP", 0, "SOLVER.MAX_ITER", 1, "SOLVER.LOG_PERIOD", 1]
+SAME_STEP += ["MODEL.BACKBONE.FREEZE_BN", True, "SEMI.FEATURE_DROPOUT", 0.0]  # nothing depends on the batch's make-up
+SAME_STEP += ["MODEL.CRITERION.IMPORTANCE_RATIO", 1.0, "SOLVER.BASE_LR", 1e-12, "SOLVER.CLIP_NORM", 1e9]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("SOLVER.ACCUMULATE", 3),
+        ("SOLVER.ACCUMULATE", 99),
+        ("SOLVER.ACTIVATION_CHECKPOINTING", ("pixel_decoder", "decoder")),
+    ],
+)
+def test_saving_memory_changes_neither_losses_nor_gradients(make_cfg, monkeypatch, key, value):
+    plain = gradients_of_one_step(make_cfg(*SAME_STEP), monkeypatch)
+    saving = gradients_of_one_step(make_cfg(*SAME_STEP, key, value), monkeypatch)
+    for expected, result in zip(plain, saving):
+        assert expected.keys() == result.keys() and len(expected) > 10
+        for name in expected:
+            a, b = torch.as_tensor(expected[name]), torch.as_tensor(result[name])
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * max(a.abs().max().item(), 1e-2), msg=name)
+
+
+def test_float16_skips_a_step_that_overflows_and_goes_on_after_a_resume(make_cfg, tmp_path):
+    cfg = make_cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16")
+    trainer = train(cfg, iterations=3)
+    scaler = trainer.precision.scaler
+    assert scaler.is_enabled() and scaler.get_scale() == 65536 / 2**trainer.precision.skipped
+    resumed = SemiSupervisedTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.precision.state_dict() == trainer.precision.state_dict()
+    before, skipped = weights(resumed), resumed.precision.skipped
+    parameters = list(resumed.student.parameters())
+    for p in parameters:
+        p.grad = torch.full_like(p, torch.inf)
+    resumed.precision.backward(torch.zeros((), requires_grad=True))  # the scaler works on gradients it has scaled
+    resumed.precision.step(resumed.optimizer, parameters, 1.0)
+    assert resumed.precision.skipped == skipped + 1
+    assert_identical({name: value for name, value in weights(resumed).items()}, before)
+    line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-2])
+    assert line["skipped_steps"] == trainer.precision.skipped and line["loss_scale"] == scaler.get_scale()

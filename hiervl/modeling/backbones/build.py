@@ -18,7 +18,7 @@ def build_backbone(cfg):
     """Return the backbone module for cfg.MODEL.BACKBONE.
 
     Raises:
-        UserError: MODEL.BACKBONE.NAME is not registered, or a key is set that this backbone ignores.
+        UserError: MODEL.BACKBONE.NAME is not registered, or a key is set that this backbone ignores or cannot fulfill.
     """
     options = cfg.MODEL.BACKBONE
     if options.NAME not in BACKBONE_REGISTRY:
@@ -28,10 +28,22 @@ def build_backbone(cfg):
         if options[key]:
             raise UserError(f"MODEL.BACKBONE.{key} has no effect on {options.NAME}; use {instead}.")
     backbone = BACKBONE_REGISTRY.get(options.NAME)(cfg, ShapeSpec(channels=3))
+    if "backbone" in cfg.SOLVER.ACTIVATION_CHECKPOINTING:
+        _checkpoint_activations(backbone, options.NAME)
     if options.FREEZE_BN:
         backbone = freeze_norms(backbone)
     _freeze_parameters(backbone, cfg)
     return backbone
+
+
+def _checkpoint_activations(backbone, name):
+    """Let a backbone compute the activations of its blocks again in the backward pass instead of keeping them."""
+    if not hasattr(backbone, "checkpoint_activations"):
+        raise UserError(
+            f"SOLVER.ACTIVATION_CHECKPOINTING: {name} has no blocks for it; take backbone out of the list, or use "
+            "TimmBackbone or a ViT of CLIPBackbone."
+        )
+    backbone.checkpoint_activations()
 
 
 def _freeze_parameters(backbone, cfg):

@@ -15,6 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 
+from ...errors import UserError
 from ..clip import load_clip
 from .clip_towers import ViTTower, build_tower
 from .feature_pyramid import STRIDES, SimpleFeaturePyramid
@@ -65,6 +66,19 @@ class CLIPBackbone(Backbone):
         other patches (MaskCLIP, arXiv 2112.01071).
         """
         return self.tower(image, maps=False, dense=True)[1]
+
+    def checkpoint_activations(self):
+        """Compute the activations of the blocks again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: the tower is not a ViT.
+        """
+        if not isinstance(self.tower, ViTTower):
+            raise UserError(
+                "SOLVER.ACTIVATION_CHECKPOINTING: of CLIP's image towers only ViTs have blocks for it; take backbone "
+                "out of the list."
+            )
+        self.tower.recompute = True
 
     def output_shape(self):
         if self.pyramid is not None:

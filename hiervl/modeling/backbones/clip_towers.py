@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...utils.padding import pad_to_multiple
+from ..layers import run_layer
 from .feature_pyramid import STRIDES, at_stride
 
 
@@ -35,6 +36,7 @@ class ViTTower(nn.Module):
         # Stochastic depth drops whole blocks, at rates that increase linearly from 0 to `drop_path`.
         rates = torch.linspace(0, drop_path, len(self.resblocks), device="cpu").tolist()
         self.drops = nn.ModuleList(DropPath(rate) for rate in rates)
+        self.recompute = False  # the blocks' activations, in the backward pass
 
     def forward(self, image, maps=True, dense=False):
         """image (B, 3, H, W) -> (maps, dense); see the module docstring."""
@@ -45,9 +47,9 @@ class ViTTower(nn.Module):
         x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         x = self.ln_pre(x + self.positions(grid).to(x.dtype))  # (B, 1 + h*w, C)
         for block, drop in zip(self.resblocks[:-1], self.drops):
-            x = _run(block, drop, x)
+            x = _run(block, drop, x, self.recompute)
         dense_embeddings = self._dense(x, grid, size) if dense else None
-        feature_maps = [_to_map(_run(self.resblocks[-1], self.drops[-1], x), grid)] if maps else None
+        feature_maps = [_to_map(_run(self.resblocks[-1], self.drops[-1], x, self.recompute), grid)] if maps else None
         return feature_maps, dense_embeddings
 
     def positions(self, grid):
@@ -152,11 +154,12 @@ def build_tower(visual: nn.Module, name: str, drop_path: float) -> nn.Module:
     )
 
 
-def _run(block, drop, x):
-    """Apply a residual block to (B, S, C), with stochastic depth in training."""
+def _run(block, drop, x, recompute):
+    """Apply a residual block to (B, S, C), with stochastic depth in training; for `recompute` see run_layer."""
+    result = run_layer(block, x, recompute=recompute)
     if drop.training and drop.drop_prob:
-        return x + drop(block(x) - x)
-    return block(x)
+        return x + drop(result - x)
+    return result
 
 
 def _to_map(tokens, grid):

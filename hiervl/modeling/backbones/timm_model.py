@@ -88,6 +88,10 @@ class TimmBackbone(Backbone):
             outputs = [x.permute(0, 3, 1, 2).contiguous() for x in outputs]
         return {stage: outputs[i] for stage, i in self._stages.items()}
 
+    def checkpoint_activations(self):
+        """Compute the activations of the blocks again in the backward pass instead of keeping them."""
+        self.body.set_grad_checkpointing(True)
+
     def output_shape(self):
         return dict(self._shape)
 

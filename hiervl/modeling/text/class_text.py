@@ -57,7 +57,7 @@ class ClassText(nn.Module):
         raw, index = self._look_up(names)
         means = _class_means(raw, index, len(names))
         self.register_buffer("mean", means.mean(dim=0) if center and len(names) > 1 else torch.zeros(raw.shape[1]))
-        for name in ("raw", "class_index", "raw_distractors"):  # (M, Dt), (M,), (V, Dt)
+        for name in ("raw", "class_index", "variant_index", "raw_distractors"):  # (M, Dt), (M,), (K, R), (V, Dt)
             self.register_buffer(name, None, persistent=False)
         self._store(names, raw, index)
         self.adapter = ResidualAdapter(self.dim) if adapter else None
@@ -118,6 +118,8 @@ class ClassText(nn.Module):
         distractors = self.source.embed(words, words) if words else raw[:0]
         device = self.mean.device
         self.raw, self.class_index, self.raw_distractors = raw.to(device), index.to(device), distractors.to(device)
+        variants = _variant_index(index, len(names))
+        self.variant_index = None if variants is None else variants.to(device)
         self.class_names, self._distractors, self._context_cache = names, words, {}
 
     def forward(self):
@@ -143,13 +145,9 @@ class ClassText(nn.Module):
 
         A class with fewer texts repeats its first. None if every class has a single text, which is then its T'.
         """
-        texts, index = self.definitions()
-        counts = torch.bincount(index, minlength=len(self.class_names))
-        if len(texts) == len(counts):
+        if self.variant_index is None:
             return None
-        first = counts.cumsum(0) - counts  # (K,); the texts are sorted by class
-        offset = torch.arange(int(counts.max()), device=texts.device)  # (R,)
-        return texts[first[:, None] + torch.where(offset < counts[:, None], offset, 0)]
+        return self.definitions()[0][self.variant_index]
 
     def distractors(self):
         """The V distractor words, and their embeddings (V, Dt), centered and adapted."""
@@ -214,6 +212,17 @@ def _class_means(vectors, class_index, count):
         return vectors
     sums = vectors.new_zeros(count, vectors.shape[1]).index_add(0, class_index, vectors)
     return F.normalize(sums, dim=1)
+
+
+def _variant_index(class_index, count):
+    """Positions of each class's texts, padded with the first: class index (M,), sorted -> (K, R), where K is `count`;
+    None if every class has a single text."""
+    if count == len(class_index):
+        return None
+    counts = torch.bincount(class_index, minlength=count)
+    first = counts.cumsum(0) - counts  # (K,)
+    offset = torch.arange(int(counts.max()))  # (R,)
+    return first[:, None] + torch.where(offset < counts[:, None], offset, 0)
 
 
 def _check_names(names):
