@@ -5,12 +5,11 @@ Labeled and pseudo-labeled images are the same kind of object; they differ in th
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..utils.label_maps import connected_components
+from ..utils.label_maps import connected_components, region_areas
 from ..utils.padding import pad_to_multiple
 from ..utils.transfer import stack_on_device, to_device
 
@@ -133,13 +132,12 @@ def build_targets(
     if segments == "class_regions":
         segment_map, labels = _class_regions(sem_seg, valid, present, on_host)
     elif segments == "components":
-        segment_map, labels = _keep_largest(
-            sem_seg, valid, max_segments, lambda b, classes: list(connected_components(classes, min_area))
-        )
+        regions = connected_components(torch.where(valid, sem_seg, -1))
+        order = sem_seg * regions[0].numel() + regions  # by class, then by number
+        segment_map, labels = _keep_largest(regions, order, sem_seg, max_segments, min_area)
     else:
-        segment_map, labels = _keep_largest(
-            sem_seg, valid, max_segments, lambda b, classes: _instances(classes, instances[b].cpu().numpy(), things)
-        )
+        objects = _instances(sem_seg, valid, instances, num_classes, things)
+        segment_map, labels = _keep_largest(objects, objects, sem_seg, max_segments)
     has_pixel = valid.flatten(1).any(dim=1).to(weight.dtype)
     share = torch.ones_like(has_pixel) if image_weight is None else image_weight.to(weight.dtype)
     if unknown is None:
@@ -156,34 +154,40 @@ def _class_regions(sem_seg, valid, present, on_host):
     return torch.where(valid, segments, -1), list(labels)
 
 
-def _keep_largest(sem_seg, valid, max_segments, find):
+def _keep_largest(numbers, order, sem_seg, max_segments, min_area=1):
     """Keep the largest segments of each image; the pixels of the others belong to no segment.
 
     Args:
-        find: function (image index, its classes (H, W), -1 where not valid) -> list of (class, mask (H, W) bool).
+        numbers: (B, H, W) int64, the number of the segment within its image, below H*W; -1 for none.
+        order: (B, H, W) int64, one value per segment of an image; of two equally large segments the lower comes first.
     Returns:
         segment map (B, H, W), and B tensors (M_b,) with the class of each segment.
     """
-    segment_map, labels = torch.full_like(sem_seg, -1), []
-    for b in range(len(sem_seg)):
-        found = find(b, torch.where(valid[b], sem_seg[b], -1).cpu().numpy())
-        found = sorted(found, key=lambda segment: -segment[1].sum())[:max_segments]
-        for index, (_, mask) in enumerate(found):
-            segment_map[b][torch.from_numpy(mask).to(sem_seg.device)] = index
-        labels.append(torch.tensor([k for k, _ in found], dtype=torch.long, device=sem_seg.device))
-    return segment_map, labels
+    areas = region_areas(numbers)
+    # One number ranks by area, then by order: no two segments of an image tie, so every device keeps the same ones.
+    rank = torch.where(areas >= max(min_area, 1), areas * (order.max() + 1) - order, 0)
+    index = numbers.flatten(1) + 1
+    table = index.new_zeros(len(index), index.shape[1] + 1)  # by number; 0 is for pixels without a segment
+    ranks, kept = table.scatter(1, index, rank.flatten(1)).topk(min(max_segments, index.shape[1]), dim=1)
+    position = torch.where(ranks > 0, torch.arange(kept.shape[1], device=kept.device), -1)
+    segment_map = (table - 1).scatter(1, kept, position).gather(1, index).view_as(numbers)
+    classes = table.scatter(1, index, sem_seg.flatten(1)).gather(1, kept)
+    return segment_map, [row[:count] for row, count in zip(classes, (ranks > 0).sum(1).tolist())]
 
 
-def _instances(classes, numbers, things):
-    """Single objects, and the regions of stuff classes; a thing's pixels without an object number are in no segment."""
-    # Object numbers may repeat across classes, so an object is a pair (class, number).
-    single = (numbers > 0) & (classes >= 0)
-    found = [
-        (int(k), single & (classes == k) & (numbers == n))
-        for k, n in np.unique(np.stack((classes[single], numbers[single])), axis=1).T
-    ]
-    stuff = np.setdiff1d(np.unique(classes[classes >= 0]), things)
-    return found + [(int(k), (classes == k) & ~single) for k in stuff if ((classes == k) & ~single).any()]
+def _instances(sem_seg, valid, numbers, num_classes, things):
+    """Number each image's single objects and regions of stuff classes; -1 for a thing's pixels without an object."""
+    single = valid & (numbers > 0)
+    countable = torch.zeros(num_classes, dtype=torch.bool, device=sem_seg.device)
+    countable[list(things)] = True
+    stuff = valid & ~single & ~countable[sem_seg]
+    # Object numbers may repeat across classes: an object is a pair of both. Stuff comes after the image's objects.
+    image = torch.arange(len(sem_seg), device=sem_seg.device)[:, None, None]
+    number = torch.where(single, numbers, 0)
+    key = ((image * 2 + stuff) * num_classes + sem_seg) * (number.max() + 1) + number
+    found = torch.where(single | stuff, key, -1).unique(return_inverse=True)[1]  # counted through the batch
+    first = torch.where(single | stuff, found, found.numel()).flatten(1).amin(1)[:, None, None]
+    return torch.where(single | stuff, found - first, -1)
 
 
 class TargetBuilder:

@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass, fields
 
 import detectron2.utils.comm as comm
-import numpy as np
 import torch
 import torch.distributed
 
 from ..errors import UserError
 from ..modeling.inference import upsample_to_image
-from ..utils.label_maps import connected_components, near_boundary
 from ..utils.transfer import to_device
+from ..utils.label_maps import connected_components, near_boundary, region_areas
 
 
 @dataclass
@@ -174,12 +173,8 @@ def relevance(pseudo, weight, state, *, threshold):
 @register
 def region(pseudo, weight, state, *, min_area):
     """Drop connected regions of one label, among the pixels kept so far, smaller than `min_area` pixels."""
-    labels = torch.where(weight > 0, pseudo.labels, -1).cpu().numpy()
-    keep = np.zeros(labels.shape, dtype=np.float32)
-    for image_labels, image_keep in zip(labels, keep):
-        for _, mask in connected_components(image_labels, min_area):
-            image_keep[mask] = 1
-    return torch.from_numpy(keep).to(weight)
+    regions = connected_components(torch.where(weight > 0, pseudo.labels, -1))
+    return (region_areas(regions) >= max(min_area, 1)).to(weight)
 
 
 @register

@@ -1,10 +1,13 @@
 """Label maps cut into segments, and the same in terms of kept classes."""
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from hiervl.errors import UserError
 from hiervl.losses.targets import TargetBuilder, build_targets
+from tests.waits import Waits
 
 
 def test_targets_among_kept_names():
@@ -75,3 +78,83 @@ def test_a_labeled_image_with_more_classes_than_can_be_selected_is_an_error():
     assert builder([few], 3, "cpu").num_present == [2]
     with pytest.raises(UserError, match="MODEL.HSQG.TOP_K is 2, but a training image shows 3 classes"):
         builder([few, many], 3, "cpu")
+
+
+def find_components(classes, numbers, things, min_area):
+    """(class, mask) of every region of one class of one image, by OpenCV."""
+    for k in np.unique(classes[classes >= 0]):
+        _, regions, stats, _ = cv2.connectedComponentsWithStats((classes == k).astype(np.uint8), connectivity=8)
+        for region in range(1, len(stats)):
+            if stats[region, cv2.CC_STAT_AREA] >= min_area:
+                yield k, regions == region
+
+
+def find_instances(classes, numbers, things, min_area):
+    """(class, mask) of every object and stuff region of one image."""
+    single = (classes >= 0) & (numbers > 0)
+    for k, number in np.unique(np.stack((classes[single], numbers[single])), axis=1).T:
+        yield k, single & (classes == k) & (numbers == number)
+    for k in np.setdiff1d(classes[(classes >= 0) & ~single], things):
+        yield k, (classes == k) & ~single
+
+
+FIND = {"components": find_components, "instances": find_instances}
+
+
+def make_maps(batch, classes, cell, size=(25, 30)):
+    """Classes with an unknown one and the ignore label among them, weights with a padded edge, object numbers."""
+    cells = torch.randint(0, classes + 1, (batch, *size))
+    sem_seg = cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, : size[0], : size[1]]
+    sem_seg[torch.rand(sem_seg.shape) < 0.02] = 255
+    weight = torch.rand(sem_seg.shape) * (torch.rand(sem_seg.shape) < 0.9)
+    weight[..., size[1] - 4 :] = 0
+    return sem_seg, weight, torch.randint(-1, 3, sem_seg.shape)
+
+
+@pytest.mark.parametrize("segments", ["components", "instances"])
+@pytest.mark.parametrize(("batch", "classes", "cell"), [(1, 2, 1), (2, 3, 4), (3, 60, 2), (4, 6, 2)])
+@pytest.mark.parametrize(("min_area", "max_segments"), [(0, 5000), (1, 6), (4, 20), (2000, 9)])
+def test_the_largest_segments_by_brute_force(segments, batch, classes, cell, min_area, max_segments):
+    sem_seg, weight, numbers = make_maps(batch, classes, cell)
+    options = {"min_area": min_area, "max_segments": max_segments, "instances": numbers, "things": range(0, classes, 2)}
+    targets = build_targets(sem_seg, weight, classes, segments=segments, **options)
+    for b in range(batch):
+        known = torch.where((weight[b] > 0) & (sem_seg[b] < classes), sem_seg[b], -1).numpy()
+        found = list(FIND[segments](known, numbers[b].numpy(), options["things"], min_area))
+        found = sorted(found, key=lambda segment: -segment[1].sum())[:max_segments]
+        expected = np.full(known.shape, -1)
+        for index, (_, mask) in enumerate(found):
+            expected[mask] = index
+        assert targets.labels[b].tolist() == [k for k, _ in found]
+        assert (targets.segments[b].numpy() == expected).all()
+
+
+def test_a_batch_may_have_more_objects_than_an_image_has_pixels():
+    numbers = torch.arange(1, 19).view(9, 1, 2)
+    targets = build_targets(
+        torch.zeros_like(numbers), torch.ones(9, 1, 2), 1, segments="instances", instances=numbers, things=(0,)
+    )
+    assert targets.segments.tolist() == [[[0, 1]]] * 9
+
+
+@pytest.mark.parametrize("segments", ["components", "instances"])
+def test_an_image_without_a_valid_pixel_has_no_segment(segments):
+    sem_seg, weight, numbers = make_maps(3, 4, 3)
+    weight[1] = 0
+    targets = build_targets(sem_seg, weight, 4, segments=segments, min_area=1, instances=numbers, things=(1,))
+    assert targets.counts[1] == 0 and (targets.segments[1] == -1).all()
+    assert targets.counts[0] > 0 and targets.counts[2] > 0
+    nothing = build_targets(sem_seg, weight * 0, 4, segments=segments, instances=numbers, things=(1,))
+    assert nothing.counts == [0, 0, 0] and (nothing.segments == -1).all()
+
+
+def test_the_host_waits_no_more_often_for_more_images():
+    """Besides, it reads the number of segments of each image, all in one."""
+    for batch in (1, 5):
+        sem_seg, weight, numbers = make_maps(batch, 4, 3)
+        with Waits() as waits:
+            build_targets(sem_seg, weight, 4, segments="components")
+        assert waits.seen == ["nonzero", "equal"]
+        with Waits() as waits:
+            build_targets(sem_seg, weight, 4, segments="instances", instances=numbers, things=(1,))
+        assert waits.seen == ["_unique2"]

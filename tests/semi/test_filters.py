@@ -1,6 +1,8 @@
 """Filters only lower weights, keep their state by class name, and do what their names say."""
 
+import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
 from hiervl.config import load_config
@@ -149,6 +151,17 @@ def test_text_agreement_allows_a_margin(similarity, margin, kept):
     pixel_text = torch.tensor([similarity, 0.3]).view(1, 2, 1, 1)
     pseudo = make_two_class(torch.full((1, 4, 4), 0.9), pixel_text=pixel_text)
     assert (FILTERS["text_agreement"](pseudo, torch.ones(1, 4, 4), {}, margin=margin) == kept).all()
+
+
+def test_regions_of_every_image_by_brute_force():
+    pseudo, weight = make_pseudo(batch=4), (torch.rand(4, 16, 16) < 0.7).float()
+    kept = FILTERS["region"](pseudo, weight, {}, min_area=5)
+    expected = torch.zeros(4, 16, 16)
+    for b, k in np.ndindex(4, len(NAMES)):
+        regions, count = scipy.ndimage.label((pseudo.labels[b] == k) & (weight[b] > 0), np.ones((3, 3)))
+        for region in range(1, count + 1):
+            expected[b][torch.from_numpy(regions == region)] = float((regions == region).sum() >= 5)
+    assert torch.equal(kept, expected) and 0 < kept.mean() < weight.mean()
 
 
 def test_labels_of_irrelevant_classes_are_dropped():
