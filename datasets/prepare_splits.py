@@ -4,7 +4,7 @@
     python datasets/prepare_splits.py                          fetch or make all lists in datasets/splits, check them
     python datasets/prepare_splits.py --source DIR             the same from a local copy
     python datasets/prepare_splits.py --source DIR --check     check the copy, write nothing
-    python datasets/prepare_splits.py --draw camvid_train --labeled 20 50 --seeds 0 1 [--balanced]
+    python datasets/prepare_splits.py --sample camvid_train --labeled 20 50 --seeds 0 1 [--balanced]
 
 The published lists come from UniMatch's repository (MIT license); each must have the SHA-256 that is known. Exit
 status: 0 only if everything holds.
@@ -28,24 +28,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", help="local copy of the lists (default: the network)")
     parser.add_argument("--check", action="store_true", help="write nothing; check --source, or else --out")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these data sets only")
-    draw = parser.add_argument_group("lists of your own")
-    draw.add_argument("--draw", metavar="PART", help="draw labeled images of a registered part, such as folder_train")
-    draw.add_argument("--labeled", type=int, nargs="+", help="how many; one split for each, nested")
-    draw.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of splits for each")
-    draw.add_argument("--balanced", action="store_true", help="take turns at the classes instead of drawing uniformly")
+    sample = parser.add_argument_group("lists of your own")
+    sample.add_argument("--sample", metavar="PART", help="registered part to sample from, such as folder_train")
+    sample.add_argument("--labeled", type=int, nargs="+", help="numbers of labeled images; one split each, nested")
+    sample.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds; one set of splits each")
+    sample.add_argument("--balanced", action="store_true", help="cover rare classes, instead of sampling uniformly")
+    sample.add_argument("--draw", nargs="?", const="", help=argparse.SUPPRESS)  # the former name of --sample
     args = parser.parse_args(argv)
-    if bool(args.draw) != bool(args.labeled):
-        parser.error("--draw and --labeled go together")
+    if args.draw is not None:
+        parser.error("--draw has been renamed; use --sample")
+    if bool(args.sample) != bool(args.labeled):
+        parser.error("--sample and --labeled must be given together")
     return args
 
 
-def draw(args: argparse.Namespace) -> int:
+def write_samples(args: argparse.Namespace) -> int:
     kind = "balanced" if args.balanced else "uniform"
     folders = sample_splits(
-        args.draw,
+        args.sample,
         args.labeled,
         args.seeds,
-        os.path.join(args.out, args.draw, kind),
+        os.path.join(args.out, args.sample, kind),
         balanced=args.balanced,
         workers=cores(),
     )
@@ -74,7 +77,7 @@ def benchmarks(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        return draw(args) if args.draw else benchmarks(args)
+        return write_samples(args) if args.sample else benchmarks(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

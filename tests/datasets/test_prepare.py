@@ -176,7 +176,7 @@ TINY = [
 @pytest.mark.parametrize("name", ["coco", "voc", "ade20k", "cityscapes", "camvid"])
 def test_one_iteration_and_evaluation(prepare, run, data_root, tmp_path, name):
     assert prepare(name).status == 0
-    assert run("prepare_splits", "--draw", f"{name}_train", "--labeled", 1, "--out", tmp_path / "splits").status == 0
+    assert run("prepare_splits", "--sample", f"{name}_train", "--labeled", 1, "--out", tmp_path / "splits").status == 0
     results = train_net.main(
         default_argument_parser().parse_args(
             [

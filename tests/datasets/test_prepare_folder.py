@@ -261,7 +261,7 @@ def test_a_symlinked_root_and_images(run, own, tmp_path, monkeypatch):
 def test_a_table_that_was_edited_badly(prepare, run, data_root, tmp_path):
     assert prepare().status == 0
     (data_root / "folder" / "dataset.yaml").write_text("name: [")
-    assert "dataset.yaml is not a table" in run("prepare_splits", "--draw", "folder_train", "--labeled", 1).err
+    assert "dataset.yaml is not a table" in run("prepare_splits", "--sample", "folder_train", "--labeled", 1).err
 
 
 def test_from_a_folder_to_a_trained_model(prepare, own, data_root, tmp_path):

@@ -133,7 +133,7 @@ def drawn_root(data_root):
 
 
 def test_drawn_lists_are_nested_complete_and_load(run, drawn_root, tmp_path):
-    argv = ["prepare_splits", "--draw", "camvid_train", "--labeled", 3, 6, "--seeds", 0, 1, "--out", tmp_path]
+    argv = ["prepare_splits", "--sample", "camvid_train", "--labeled", 3, 6, "--seeds", 0, 1, "--out", tmp_path]
     assert run(*argv).status == run(*argv, "--balanced").status == 0
     for kind in ("uniform", "balanced"):
         sets = {}
@@ -147,9 +147,16 @@ def test_drawn_lists_are_nested_complete_and_load(run, drawn_root, tmp_path):
         assert sets[0, 6] != sets[1, 6]
         rare = {"17.jpg", "18.jpg", "19.jpg"}
         assert (sets[0, 6] >= rare) == (kind == "balanced")
-    assert run("prepare_splits", "--draw", "camvid_train", "--labeled", 20, "--out", tmp_path).status == 1
-    result = run("prepare_splits", "--draw", "camwid", "--labeled", 2, "--out", tmp_path)
+    assert run("prepare_splits", "--sample", "camvid_train", "--labeled", 20, "--out", tmp_path).status == 1
+    result = run("prepare_splits", "--sample", "camwid", "--labeled", 2, "--out", tmp_path)
     assert "unknown dataset 'camwid'" in result.err
+
+
+def test_the_former_option_draw_is_refused_with_the_new_name(run, capsys):
+    for argv in (["--draw"], ["--draw", "camvid_train", "--labeled", "3"]):
+        with pytest.raises(SystemExit):
+            run("prepare_splits", *argv)
+        assert "error: --draw has been renamed; use --sample" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_balanced_order_evens_out_what_uniform_does_not():

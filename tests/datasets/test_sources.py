@@ -286,7 +286,7 @@ def test_camvid_prepared_into_its_own_source(run, refused, data_root, tmp_path):
 
 def test_lists_drawn_onto_lists_of_another_hand(run, refused, mine, tmp_path):
     assert run(*command(mine, "--name", "new")).status == 0
-    argv = ("prepare_splits", "--draw", "new_train", "--labeled", 1, 2, "--out", tmp_path / "splits")
+    argv = ("prepare_splits", "--sample", "new_train", "--labeled", 1, 2, "--out", tmp_path / "splits")
     path = tmp_path / "splits/new_train/uniform/seed0/2/unlabeled.txt"
     path.parent.mkdir(parents=True)
     path.write_text("my choice\n")
