@@ -33,7 +33,7 @@ def main(argv=None) -> None:
     parser.add_argument("--pretrained", default="openai", help="the tower's weights: tag or file (%(default)s)")
     parser.add_argument("--model-name", help="what to call it in the file (default: the folder's name)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--table", help="data set whose class names are embedded, such as shapes")
+    source.add_argument("--table", help="dataset whose class names are embedded, such as shapes")
     source.add_argument("--names", help="text file: a line per name, or name<TAB>text")
     parser.add_argument(
         "--template",
@@ -113,7 +113,7 @@ def embed(model: str, sentences: list[str]) -> np.ndarray:
 
 
 def read_table(name: str) -> tuple[list[str], list[str]]:
-    """(names, texts) of a data set's table; the texts are the names."""
+    """(names, texts) of a dataset's table; the texts are the names."""
     import yaml
 
     path = TABLES / f"{name}.yaml"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a data set of your own images.
+"""Makes a dataset of your own images.
 
     python datasets/prepare_folder.py --images photos --masks masks --classes classes.txt [--palette palette.txt]
     python datasets/prepare_folder.py --images photos --coco annotations.json --classes classes.txt

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes the procedural data set `shapes` under DETECTRON2_DATASETS, and checks it.
+"""Makes the procedural dataset `shapes` under DETECTRON2_DATASETS, and checks it.
 
 Without options it is written, unless it is there with the same parameters; with --check nothing is written and
 what is there is compared with what was written.
@@ -36,7 +36,7 @@ def check(root: str) -> str:
     """
     manifest = shapes.read_manifest(root)
     if manifest is None or not manifest["digest"]:
-        raise UserError(f"{root}: no finished data set; run python datasets/prepare_shapes.py")
+        raise UserError(f"{root}: no finished dataset; run python datasets/prepare_shapes.py")
     if shapes.digest(root) != manifest["digest"]:
         raise UserError(f"{root} was changed since it was written; remove it and run prepare_shapes.py again")
     table, counts = table_of("shapes_train"), {}

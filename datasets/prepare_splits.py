@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default=DEFAULT_SPLIT_ROOT, help="folder to write, DATASETS.SPLIT_ROOT (%(default)s)")
     parser.add_argument("--source", help="local copy of the lists (default: the network)")
     parser.add_argument("--check", action="store_true", help="write nothing; check --source, or else --out")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these data sets only")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these datasets only")
     sample = parser.add_argument_group("lists of your own")
     sample.add_argument("--sample", metavar="PART", help="registered part to sample from, such as folder_train")
     sample.add_argument("--labeled", type=int, nargs="+", help="numbers of labeled images; one split each, nested")

@@ -100,7 +100,7 @@ def test_unlabeled_images_and_images_to_validate_on(prepare, own, data_root):
 
 
 def test_a_name_that_is_taken_and_a_folder_outside_the_data_root(prepare, tmp_path):
-    assert "--name coco is the name of a data set" in prepare("--name", "coco").err
+    assert "--name coco is the name of a dataset" in prepare("--name", "coco").err
     result = prepare("--root", tmp_path / "elsewhere" / "mine")
     assert result.status == 0 and f"DETECTRON2_DATASETS={tmp_path / 'elsewhere'} and DATASETS.TRAIN" in result.out
 

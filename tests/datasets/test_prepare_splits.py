@@ -56,7 +56,7 @@ def test_ade20k_needs_no_copy_and_no_data(run, data_root, tmp_path):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch, data_root):
-    """Two small "published" data sets behind file:// addresses, with their hashes."""
+    """Two small "published" datasets behind file:// addresses, with their hashes."""
     names = [f"train2017/{i:03d}.jpg masks/{i:03d}.png" for i in range(6)]
     files = {
         "voc/92/labeled.txt": "J/b.jpg S/b.png",

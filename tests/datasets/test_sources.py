@@ -44,7 +44,7 @@ def refused(run, tmp_path):
 
 @pytest.fixture
 def mine(data_root):
-    """Photos and color masks under the data root, where a data set called `my` would be made."""
+    """Photos and color masks under the data root, where a dataset called `my` would be made."""
     colors = np.zeros((64, 64, 3), np.uint8)
     colors[:, :32], colors[:, 32:48], colors[:, 48:] = (255, 0, 0), (0, 0, 10), (0, 0, 20)
     root = data_root / "my"

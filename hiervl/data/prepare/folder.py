@@ -29,7 +29,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Labeled images to train on, then unlabeled ones; images to validate on, given or drawn by seed."""
     classes, palette = read_classes(args.classes), read_palette(args.palette) if args.palette else None
     if (TABLES / f"{args.name}.yaml").exists():
-        raise UserError(f"--name {args.name} is the name of a data set that HierVL knows; choose another")
+        raise UserError(f"--name {args.name} is the name of a dataset that HierVL knows; choose another")
     root = args.root or os.path.join(data_root(), args.name)
     coco = [CocoFile(path) for path in (args.coco, args.val_coco) if path]
     if coco:

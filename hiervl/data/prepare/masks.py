@@ -1,4 +1,4 @@
-"""One image of a data set: looked at, its mask made or found, and counted. The same for every data set."""
+"""One image of a dataset: looked at, its mask made or found, and counted. The same for every dataset."""
 
 import os
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class MaskTask:
     """``task(job)`` -> Outcome. A mask that is there and right is counted, any other is made (resumable).
 
     Attributes:
-        make: of this data set.
+        make: of this dataset.
         num_classes, ignore_label: which ids are right.
         palette: colors of the PNGs.
         check: make nothing; what is missing or wrong is a problem.

@@ -7,7 +7,7 @@ that ``sha256sum -c`` reads it too). What follows from a rule is made here:
 - ``camvid``, ``camvid_cross``: the sorted lines of CamVid's train.txt, shuffled with ``random.Random(seed)``; the
   first n are labeled, and both lists are sorted. ``camvid_cross`` first takes out the drive 0006R0, its val list.
 - ``voc/train_aug.txt``: labeled and unlabeled images together, sorted.
-- ``coco/*/unlabeled.txt``: train2017 without the labeled images, where the data set's train.txt is there.
+- ``coco/*/unlabeled.txt``: train2017 without the labeled images, where the dataset's train.txt is there.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def obtain(out: str, groups: list[str], source: str | None) -> list[str]:
     """Writes the lists of ``groups`` that are missing under ``out`` or differ, from ``source`` or the network.
 
     Returns:
-        the files written. What cannot be made for want of the data set (CamVid, COCO's unlabeled lists) is left
+        the files written. What cannot be made for want of the dataset (CamVid, COCO's unlabeled lists) is left
         to :func:`check` to report.
 
     Raises:
@@ -154,7 +154,7 @@ def _camvid(group: str, rest: list[str], train_lines: list[str]) -> bytes:
 
 
 def _content(path: str, digest: str, source: str | None, out: str) -> bytes | None:
-    """The list from the local copy, by its rule, or from the network; None if the data set it follows is absent."""
+    """The list from the local copy, by its rule, or from the network; None if the dataset it follows is absent."""
     group = path.split("/")[0]
     if source is None:
         if group in _CAMVID:
@@ -262,7 +262,7 @@ def _made_from_own_list(folder: str, path: str) -> bool:
 
 
 def _own_train_lines(group: str) -> list[str] | None:
-    """The lines of the data set's own train list under the data root, if it is there."""
+    """The lines of the dataset's own train list under the data root, if it is there."""
     table = table_of(TRAIN_PARTS[group])
     path = os.path.join(data_root(), table.folder, table.parts[TRAIN_PARTS[group]]["list"])
     return read_lines(path) if os.path.exists(path) else None

@@ -1,4 +1,4 @@
-"""Draws which images of a data set are labeled: uniform or balanced over classes, by seed, nested."""
+"""Draws which images of a dataset are labeled: uniform or balanced over classes, by seed, nested."""
 
 import functools
 import os
