@@ -140,9 +140,9 @@ def test_fields_that_do_not_fit_the_rest(tmp_path, key, field, value, words):
         ({}, "no 'segmentation'"),
         ([[]], "no 'segmentation'"),
         ([[1, 2, 3, 4]], "no 'segmentation'"),
-        ("x", "neither polygons nor"),
-        (5, "neither polygons nor"),
-        (True, "neither polygons nor"),
+        ("x", "neither a list of polygons nor"),
+        (5, "neither a list of polygons nor"),
+        (True, "neither a list of polygons nor"),
         ([1, 2, 3, 4, 5, 6], "polygon 1 is not a list"),
         ([[1, 2, 3, 4, 5, "6"]], "not a list of numbers"),
         ([[1, 2, 3, 4, 5, True]], "not a list of numbers"),
@@ -182,7 +182,7 @@ def test_wrong_polygons(tmp_path, shape, words):
         ("p", "the character"),
         ("/", "the character"),
         ("0\0", "the character"),
-        ("o", "end within"),
+        ("o", "end in the middle"),
         ("o" * 7, "too long"),
         ("o" * 100000, "too long"),
         ("O", "negative number -1"),
@@ -211,18 +211,18 @@ TEXT = json.dumps(content())
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "ends too early"),
-        ("[]", "'{' expected"),
-        ("7", "'{' expected"),
-        ('"a"', "'{' expected"),
+        ("", "unexpected end"),
+        ("[]", "expected '{'"),
+        ("7", "expected '{'"),
+        ('"a"', "expected '{'"),
         ("\0", "'\\x00'"),
         ("{}", "no 'images'"),
-        (TEXT[:-1], "ends too early"),
+        (TEXT[:-1], "unexpected end"),
         (TEXT + "x", "end of the file"),
         (TEXT * 2, "end of the file"),
         (TEXT[:-1] + ', "images": []}', "'images' appears twice"),
         (TEXT[:-1] + ",}", "comma"),
-        (TEXT[:-1] + ", 1: 2}", "key is expected"),
+        (TEXT[:-1] + ", 1: 2}", "expected a key"),
         (TEXT.replace('"annotations"', '"notes"'), "no 'annotations'"),
         (TEXT.replace('"annotations": [', '"annotations": [7, '), "7 is not an object"),
         (TEXT.replace('"images": [', '"images": [null, '), "None is not an object"),
@@ -238,7 +238,7 @@ TEXT = json.dumps(content())
         (TEXT.replace('"segmentation": []', '"segmentation": ' + '{"a":' * 100000), "nested too deeply"),
         (TEXT.replace("2017", "[" * 100000 + "]" * 100000), "nested too deeply"),
         (TEXT.replace("7.jpg", "\xff.jpg").encode("latin-1"), "not UTF-8"),
-        (TEXT.encode("utf-16"), "'{' expected"),
+        (TEXT.encode("utf-16"), "expected '{'"),
         (TEXT.replace('"7.jpg"', '"7.jpg'), "a.json"),
         (TEXT.replace("18,", "1 8,"), "',' delimiter at byte"),
     ],
@@ -261,9 +261,9 @@ def test_no_file_and_a_file_that_changes(tmp_path):
 
 
 def test_more_objects_than_an_instance_map_can_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_json, "_INSTANCES", 3)
+    monkeypatch.setattr(coco_json, "_MAX_INSTANCES", 3)
     assert paint(write(tmp_path / "a.json", content()))
-    with pytest.raises(UserError, match="a.json: image 7 has 4 annotations, an instance map can number 3"):
+    with pytest.raises(UserError, match="a.json: image 7 has 4 annotations, but an instance map can hold only 3"):
         paint(tmp_path / "a.json", "instances")
 
 
@@ -316,7 +316,7 @@ def test_a_box_without_an_outline_is_ignored(tmp_path, shape):
     expected[2:18, 2:22], expected[:3, :3] = 2, 2
     assert (label == expected).all() and ((numbers > 0) == (expected == 2)).all()
     file = CocoFile(str(tmp_path / "a.json"))
-    assert not file.problems and "1 annotations have a box and no outline (annotation ids 4)" in file.notes[0]
+    assert not file.problems and "1 annotations have a box but no segmentation (annotation ids 4)" in file.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -360,8 +360,8 @@ def test_the_report_counts_boxes_and_annotations_of_other_images(run, data_root,
     )
     for argv in (own, ("prepare_coco", "--root", tmp_path / "coco", "--partial")):
         result = run(*argv, "--workers", 1)
-        assert result.status == 1 and "1 annotations have a box and no outline (annotation ids 75)" in result.out
-        assert "3 annotations are of images that it does not list (image ids 1000, 1001)" in result.err
+        assert result.status == 1 and "1 annotations have a box but no segmentation (annotation ids 75)" in result.out
+        assert "3 annotations refer to images that the file does not list (image ids 1000, 1001)" in result.err
         assert result.err.count("error: ") == 1
     label = read_label(str(tmp_path / "coco/masks/000000000025.png"))
     assert (label[:4, 24:] == 255).all() and (label == 255).sum() == 32
@@ -373,7 +373,7 @@ def test_one_wrong_annotation_leaves_out_its_image_only(run, data_root, tmp_path
     path.write_text(path.read_text().replace("[480, 288]", "[480, 289]"))
     result = run("prepare_coco", "--root", tmp_path / "coco", "--partial", "--workers", 1)
     assert result.status == 1 and result.err.count("error: ") == 1 and "annotation 3 of image 9" in result.err
-    assert "coco_train: 3 images, 2 masks right" in result.out
+    assert "coco_train: 3 images, 2 valid masks" in result.out
 
 
 JUNK = (

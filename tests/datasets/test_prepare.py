@@ -48,8 +48,8 @@ def test_coco_rules(prepare, data_root):
     assert np.unique(numbers[people == 17]).tolist() == [3] and np.unique(numbers[people == 1]).tolist() == [2]
     assert not numbers[(people == 255) | (people == 0)].any()
     assert Image.open(data_root / "coco/masks/000000000009.png").mode == "P"
-    assert "coco_train: 3 images, 3 masks right, 3 of them made now, 0 problems" in result.out
-    assert "no pixel of 2 bicycle" in result.out
+    assert "coco_train: 3 images, 3 valid masks, 3 of them new, 0 problems" in result.out
+    assert "no pixels of 2 bicycle" in result.out
 
 
 def test_coco_ready_made_masks(prepare, data_root, tmp_path):
@@ -112,7 +112,7 @@ def test_checked_and_resumed(prepare, data_root, name):
     result = prepare(name, "--check")
     assert result.status == 1 and record["sem_seg_file_name"].rpartition("/")[2] in result.err
     result = prepare(name)
-    assert result.status == 0 and f"{name}_train: " in result.out and " 1 of them made now" in result.out
+    assert result.status == 0 and f"{name}_train: " in result.out and " 1 of them new" in result.out
     assert prepare(name, "--check").status == 0
     assert not list(data_root.rglob("*.tmp"))
 

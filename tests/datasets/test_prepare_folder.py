@@ -15,7 +15,7 @@ from PIL import Image
 import train_net
 from hiervl.data.datasets import dataset_index, table_of
 from hiervl.data.images import read_label
-from hiervl.data.prepare import coco_json, files
+from hiervl.data.prepare import coco_json, files, json_stream
 from hiervl.data.prepare.parallel import parallel
 from hiervl.errors import UserError
 
@@ -78,12 +78,12 @@ def test_indexed_and_color_coded_masks_are_the_same(prepare, data_root, own):
 
 def test_prepared_again_after_a_change(prepare, own, data_root):
     assert prepare().status == 0
-    assert " 0 of them made now" in prepare().out
+    assert " 0 of them new" in prepare().out
     changed = own / "masks" / "süd" / "foto 3.png"
     indexed(changed, np.ones(SIZE, np.uint8))
     os.utime(changed, (time.time() + 5, time.time() + 5))
     assert "is older than" in prepare("--check").err
-    assert " 1 of them made now" in prepare().out
+    assert " 1 of them new" in prepare().out
     assert (read_label(str(data_root / "folder/masks/train/süd/foto 3.png")) == 1).all()
 
 
@@ -96,11 +96,11 @@ def test_unlabeled_images_and_images_to_validate_on(prepare, own, data_root):
     assert result.status == 0 and "6 labeled and 5 unlabeled images" in result.out
     assert len(dataset_index("folder_train")) == 11 and len(dataset_index("folder_val")) == 3
     result = prepare("--val-images", own / "images", "--val-masks", own / "masks")
-    assert result.status == 1 and "is in the training images and in the ones to validate on" in result.err
+    assert result.status == 1 and "is both a training and a validation image" in result.err
 
 
 def test_a_name_that_is_taken_and_a_folder_outside_the_data_root(prepare, tmp_path):
-    assert "--name coco is the name of a dataset" in prepare("--name", "coco").err
+    assert "--name coco is the name of a built-in dataset" in prepare("--name", "coco").err
     result = prepare("--root", tmp_path / "elsewhere" / "mine")
     assert result.status == 0 and f"DETECTRON2_DATASETS={tmp_path / 'elsewhere'} and DATASETS.TRAIN" in result.out
 
@@ -235,7 +235,7 @@ def test_a_full_disc_stops_at_once_and_a_rerun_goes_on(prepare, data_root, monke
     assert len(list(data_root.rglob("*.png"))) == 3 and not list(data_root.rglob("*.tmp"))
     monkeypatch.setattr(files.os, "replace", real)
     result = prepare()
-    assert result.status == 0 and "folder_train: 7 images, 5 masks right, 2 of them made now" in result.out
+    assert result.status == 0 and "folder_train: 7 images, 5 valid masks, 2 of them new" in result.out
 
 
 def test_a_symlinked_root_and_images(run, own, tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     for size in (1, 7, 1 << 20):
-        monkeypatch.setattr(coco_json, "_READ", size)
+        monkeypatch.setattr(json_stream, "_READ_SIZE", size)
         index = coco_json.CocoFile(str(path))
         assert index.images[2] == ("fü 2.jpg", 4, 1234567) and index.categories == {1: "tür"}
         assert index.annotations(1) == [a for a in annotations if a["image_id"] == 1] and index.annotations(7) == []

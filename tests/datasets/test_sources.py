@@ -143,7 +143,7 @@ def test_masks_of_ids_that_are_right_may_stay_where_they_are(run, refused, mine)
     before = tree(mine)
     for _ in range(2):
         result = run(*command(mine, "--name", "my", palette=False))
-        assert result.status == 0 and " 0 of them made now" in result.out, result.err
+        assert result.status == 0 and " 0 of them new" in result.out, result.err
         assert {path: tree(mine)[path] for path in before} == before
     indexed(mine / "masks/train/2.png", np.full((64, 64), 7, np.uint8))
     refused(
@@ -159,7 +159,7 @@ def test_a_root_of_an_earlier_version_goes_on(run, mine, data_root):
     os.utime(mine / "masks/train/2.png", (2e9, 2e9))
     result = run(*argv)
     assert result.status == 0, result.err
-    assert sum(map(int, re.findall(r"(\d+) of them made now", result.out))) == 2
+    assert sum(map(int, re.findall(r"(\d+) of them new", result.out))) == 2
     assert (data_root / "new" / RECORD).exists()
 
 
@@ -268,7 +268,7 @@ def test_official_masks_and_lists_of_an_earlier_version(run, data_root):
     (root / RECORD).unlink()
     next(root.rglob("*_labelTrainIds.png")).unlink()
     result = run(*argv)
-    assert result.status == 0 and " 1 of them made now" in result.out, result.err
+    assert result.status == 0 and " 1 of them new" in result.out, result.err
 
 
 def test_camvid_prepared_into_its_own_source(run, refused, data_root, tmp_path):
