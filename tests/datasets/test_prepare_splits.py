@@ -86,7 +86,7 @@ def test_lists_are_fetched_checked_and_completed(run, served):
     unlabeled = (out / "coco/1_512/unlabeled.txt").read_text().split()[::2]
     assert unlabeled == [f"train2017/{i:03d}.jpg" for i in (0, 1, 2, 3, 5)]
     # The official number of images stands in the table; here there are only 6.
-    assert result.status == 1 and "6 images are labeled or unlabeled, the train list has 118287" in result.err
+    assert result.status == 1 and "6 images are labeled or unlabeled, but the train list has 118287" in result.err
     assert run("prepare_splits", "--out", out, "--only", "voc").out.startswith("0 lists written")
     (served / "web/voc/92/labeled.txt").write_text("<html>moved</html>")
     (out / "voc/92/labeled.txt").unlink()
@@ -104,7 +104,7 @@ def test_lists_are_fetched_checked_and_completed(run, served):
         ("J/a.jpg S/a.png", "J/a.jpg S/a.png\nJ/c.jpg S/c.png", "'J/a.jpg' is listed twice"),
         ("J/v.jpg S/v.png", "J/c.jpg S/c.png", "'J/v.jpg' is also in val.txt"),
         ("J/x.jpg S/x.png", "J/c.jpg S/c.png", "'J/x.jpg' is not in the train list"),
-        ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labeled or unlabeled, the train list has 3"),
+        ("J/a.jpg S/a.png", "J/c.jpg S/c.png", "2 images are labeled or unlabeled, but the train list has 3"),
     ],
 )
 def test_splits_that_do_not_add_up(served, labeled, unlabeled, words):
@@ -162,7 +162,7 @@ def test_the_former_option_draw_is_refused_with_the_new_name(run, capsys):
 def test_balanced_order_evens_out_what_uniform_does_not():
     rng = np.random.default_rng(0)
     shown = rng.random((400, 5)) < [0.9, 0.5, 0.2, 0.05, 0.01]
-    first = balanced_order(shown, seed=3, wanted=20)
-    assert sorted(first) == list(range(400)) and first == balanced_order(shown, seed=3, wanted=20)
+    first = balanced_order(shown, seed=3, num_balanced=20)
+    assert sorted(first) == list(range(400)) and first == balanced_order(shown, seed=3, num_balanced=20)
     assert shown[first[:20]].sum(0).min() >= min(3, shown.sum(0).min()) > shown[uniform_order(400, 3)[:20]].sum(0).min()
     assert balanced_order(shown, 3, 8)[:8] == first[:8]

@@ -1,1 +1,1 @@
-"""Brings downloaded datasets into the layout that HierVL reads; the scripts are datasets/prepare_*.py."""
+"""Converts downloaded datasets to the layout that HierVL reads. The scripts are datasets/prepare_*.py."""
