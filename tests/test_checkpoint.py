@@ -217,9 +217,9 @@ def test_a_pickle_of_the_model_zoo_is_read(tmp_path):
     "content, words",
     [
         ({"model": {"conv9": np.ones(3)}, "__author__": "x", "matching_heuristics": True}, ["none of its 1", "conv9"]),
-        ({"model": {}, "__author__": "x", "matching_heuristics": True}, ["holds no weights"]),
-        ({"model": {"0.weight": "text"}, "__author__": "x"}, ["0.weight", "no array"]),
-        ({"blobs": {"w": np.array([None])}}, ["'w'", "no array"]),
+        ({"model": {}, "__author__": "x", "matching_heuristics": True}, ["contains no weights"]),
+        ({"model": {"0.weight": "text"}, "__author__": "x"}, ["0.weight", "not an array"]),
+        ({"blobs": {"w": np.array([None])}}, ["'w'", "not an array"]),
         ([1, 2], ["holds no weights", "list"]),
     ],
 )

@@ -27,7 +27,7 @@ ALLOWED = {
     "utils": {"errors"},
     "errors": set(),
     "config": {"errors"},
-    "checkpoint": {"download", "errors", "pickled_arrays"},
+    "checkpoint": {"download", "errors", "pickled_arrays", "utils"},
     "download": {"errors"},
     "paths": set(),
     "pickled_arrays": {"errors"},

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ...utils.files import replace_file
 
-PARTIAL = ".tmp"
+PARTIAL = ".tmp"  # a fixed suffix, so that what a killed process leaves can be found and removed
 
 
 class WriteError(UserError):
@@ -18,28 +19,27 @@ class WriteError(UserError):
 
 
 def write_whole(path: str, content: bytes) -> None:
-    """Writes a file such that it is there as a whole or not at all; makes its folder.
+    """Writes a file as a whole or not at all; creates its folder.
 
-    No fsync, unlike checkpoints: a rerun decodes every mask anyway, and 10^5 of them would take hours.
+    The file is not forced to disk, unlike checkpoints: that would take hours for 10^5 masks, and a rerun validates
+    every mask anyway.
 
     Raises:
-        WriteError: no space, no permission. Nothing is left behind.
+        WriteError: the file cannot be written (no space, no permission). No partial file is left.
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + PARTIAL, "wb") as file:
+        with replace_file(path, temporary=path + PARTIAL, sync=False) as file:
             file.write(content)
-        os.replace(path + PARTIAL, path)
     except OSError as error:
-        remove_partial(path)
         raise WriteError(
-            f"cannot write {path} ({error.strerror or error}); make room, or choose another folder, and run again: "
-            "it goes on with what is missing"
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another folder, and run "
+            "again (finished files are kept)"
         ) from None
 
 
 def remove_partial(path: str) -> None:
-    """Removes what a killed process was writing."""
+    """Removes the partial file that a killed process was writing."""
     with contextlib.suppress(OSError):
         os.remove(path + PARTIAL)
 
