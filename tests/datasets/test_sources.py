@@ -88,13 +88,13 @@ def test_color_masks_where_ours_would_be(run, refused, mine):
 def test_a_source_by_another_name(refused, mine, link, data_root):
     (data_root / "my2/masks/train").mkdir(parents=True)
     link(mine / "masks/train/3.png", data_root / "my2/masks/train/3.png")
-    refused(("my2/masks/train/3.png is one of the files to read", "--name"), *command(mine), "--name", "my2")
+    refused(("my2/masks/train/3.png is one of the input files", "--name"), *command(mine), "--name", "my2")
 
 
 def test_a_source_through_a_linked_folder(refused, mine, data_root):
     (data_root / "my2").mkdir()
     (data_root / "my2/masks").symlink_to(mine / "masks")
-    refused(("my2/masks/train/0.png is one of the files to read",), *command(mine), "--name", "my2")
+    refused(("my2/masks/train/0.png is one of the input files",), *command(mine), "--name", "my2")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_file_of_another_hand(run, refused, mine, data_root, name):
     path = data_root / "new" / name
     path.parent.mkdir(parents=True)
     path.write_text("precious")
-    refused((f"new/{name} is already there and was not made by this tool", "--name"), *command(mine), "--name", "new")
+    refused((f"new/{name} already exists and was not made by this tool", "--name"), *command(mine), "--name", "new")
     path.unlink()
     assert run(*command(mine), "--name", "new").status == 0
     assert run(*command(mine), "--name", "new").status == 0
@@ -124,7 +124,7 @@ def test_class_list_and_annotations_are_sources_too(refused, mine, data_root, tm
     root.mkdir()
     (root / "train.txt").write_text("road\ncar\n")
     refused(
-        ("lists/train.txt is one of the files to read",),
+        ("lists/train.txt is one of the input files",),
         *command(mine, "--root", root)[:5],
         "--classes",
         root / "train.txt",
@@ -147,7 +147,7 @@ def test_masks_of_ids_that_are_right_may_stay_where_they_are(run, refused, mine)
         assert {path: tree(mine)[path] for path in before} == before
     indexed(mine / "masks/train/2.png", np.full((64, 64), 7, np.uint8))
     refused(
-        ("masks/train/2.png is one of the files to read", "has the id 7"), *command(mine, "--name", "my", palette=False)
+        ("masks/train/2.png is one of the input files", "has the id 7"), *command(mine, "--name", "my", palette=False)
     )
 
 
@@ -171,7 +171,7 @@ def test_a_file_put_in_the_place_of_one_that_was_never_made(run, refused, mine, 
     assert run(*command(mine, "--name", "new")).status == 1
     source.write_bytes(content)
     (data_root / "new/masks/train/2.png").write_text("drawn by hand")
-    refused(("new/masks/train/2.png is already there",), *command(mine, "--name", "new"))
+    refused(("new/masks/train/2.png already exists",), *command(mine, "--name", "new"))
 
 
 def test_two_images_that_would_share_a_mask(refused, tmp_path, data_root):
@@ -212,7 +212,7 @@ def test_voc_with_the_augmented_masks_in_place(run, refused, data_root, tmp_path
     assert len(dataset_index("voc_train")) == 2
     assert run(*argv, "--aug", augmented).status == 0
     indexed(augmented / "2008_000002.png", np.full(SIZE, 99, np.uint8))
-    refused(("SegmentationClassAug/2008_000002.png is one of the files to read", "--aug"), *argv, "--aug", augmented)
+    refused(("SegmentationClassAug/2008_000002.png is one of the input files", "--aug"), *argv, "--aug", augmented)
 
 
 def test_a_mask_of_another_hand_is_kept_if_right_and_refused_if_not(run, refused, data_root, tmp_path):
@@ -220,9 +220,9 @@ def test_a_mask_of_another_hand_is_kept_if_right_and_refused_if_not(run, refused
     miniatures.coco(root)
     argv = ("prepare_coco", "--partial", "--workers", 1)
     indexed(root / "masks/000000000009.png", np.full(SIZE, 182, np.uint8))
-    refused(("coco/masks/000000000009.png is already there", "has the id 182"), *argv)
+    refused(("coco/masks/000000000009.png already exists", "has the id 182"), *argv)
     indexed(root / "masks/000000000009.png", np.full(SIZE, 80, np.uint8))
-    refused(("coco/masks/000000000009.png is already there", "instances"), *argv, "--instances")
+    refused(("coco/masks/000000000009.png already exists", "instances"), *argv, "--instances")
     before = tree(root / "masks")
     assert run(*argv).status == 0 and run(*argv, "--masks", root / "masks").status == 0
     assert tree(root / "masks")[str(root / "masks/000000000009.png")] == before[str(root / "masks/000000000009.png")]
@@ -234,7 +234,7 @@ def test_cocos_masks_pointing_at_where_ours_are_made(refused, data_root):
     for i in (9, 25, 30, 139):
         indexed(root / f"masks/{i:012d}.png", np.full(SIZE, 99 if i == 30 else 1, np.uint8))
     refused(
-        ("masks/000000000030.png is one of the files to read", "has the id 99", "--masks"),
+        ("masks/000000000030.png is one of the input files", "has the id 99", "--masks"),
         "prepare_coco",
         "--partial",
         "--workers",
@@ -250,14 +250,14 @@ def test_masks_made_beside_their_sources(run, refused, data_root, name, folders)
     getattr(miniatures, name)(root)
     argv = (f"prepare_{name}", "--partial", "--workers", 1)
     (root / "train.txt").write_text("my own list\n")
-    refused((f"{root.name}/train.txt is already there",), *argv)
+    refused((f"{root.name}/train.txt already exists",), *argv)
     (root / "train.txt").unlink()
     if folders:
         (root / folders[1]).symlink_to(root / folders[0])
     else:
         labels = next((root / "gtFine/train").rglob("*_labelIds.png"))
         os.link(labels, str(labels).replace("labelIds", "labelTrainIds"))
-    refused(("is one of the files to read", "--root"), *argv)
+    refused(("is one of the input files", "--root"), *argv)
 
 
 def test_official_masks_and_lists_of_an_earlier_version(run, data_root):
@@ -275,10 +275,10 @@ def test_camvid_prepared_into_its_own_source(run, refused, data_root, tmp_path):
     source = tmp_path / "CamVid"
     miniatures.camvid(source)
     argv = ("prepare_camvid", "--partial", "--workers", 1, "--source", source)
-    refused(("CamVid/train.txt is one of the files to read", "--root"), *argv, "--root", source)
+    refused(("CamVid/train.txt is one of the input files", "--root"), *argv, "--root", source)
     target = data_root / "camvid/masks/train/0016E5_00390.png"
     indexed(target, np.full(SIZE, 99, np.uint8))
-    refused(("masks/train/0016E5_00390.png is already there",), *argv)
+    refused(("masks/train/0016E5_00390.png already exists",), *argv)
     target.unlink()
     assert run(*argv).status == 0
     assert read_label(str(target)).max() == 255
@@ -290,7 +290,7 @@ def test_lists_drawn_onto_lists_of_another_hand(run, refused, mine, tmp_path):
     path = tmp_path / "splits/new_train/uniform/seed0/2/unlabeled.txt"
     path.parent.mkdir(parents=True)
     path.write_text("my choice\n")
-    refused(("seed0/2/unlabeled.txt is already there", "--out"), *argv)
+    refused(("seed0/2/unlabeled.txt already exists", "--out"), *argv)
     path.unlink()
     assert run(*argv).status == 0
     (tmp_path / "splits/new_train/uniform" / RECORD).unlink()  # as an earlier version left them
@@ -306,13 +306,13 @@ def test_published_lists_of_another_hand(run, refused, tmp_path, data_root):
     path.parent.mkdir(parents=True)
     path.write_text("my choice\n")
     argv = ("prepare_splits", "--only", "ade20k", "--out", tmp_path / "splits")
-    refused(("ade20k/1_64/labeled.txt is already there", "--out"), *argv)
+    refused(("ade20k/1_64/labeled.txt already exists", "--out"), *argv)
     path.unlink()
     assert run(*argv).status == 0
     path.write_text("ours, and damaged\n")
     assert run(*argv).status == 0 and "damaged" not in path.read_text()
     path.write_text("damaged again\n")
-    refused(("1_64/labeled.txt is one of the files to read",), *argv, "--source", tmp_path / "splits")
+    refused(("1_64/labeled.txt is one of the input files",), *argv, "--source", tmp_path / "splits")
 
 
 def test_shapes_that_someone_added_to(run, refused, tmp_path):

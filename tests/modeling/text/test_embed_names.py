@@ -65,10 +65,10 @@ def test_the_names_file_and_files_not_created_by_this_tool_are_not_overwritten(t
     np.savez(user_file, mine=np.zeros(3))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for out, words in (
-        (source, "one of the files to read"),
-        (tmp_path / "names", "one of the files to read"),
-        (user_file, "is already there"),
-        (tmp_path / "mine", "is already there"),
+        (source, "one of the input files"),
+        (tmp_path / "names", "one of the input files"),
+        (user_file, "already exists"),
+        (tmp_path / "mine", "already exists"),
     ):
         with pytest.raises(SystemExit, match=f"{out.name}.* {words}.* --out"):
             tool.main(["--tower", "none", "--names", str(source), "--out", str(out)])
