@@ -54,7 +54,7 @@ def test_with_a_sentence_model(tool, names, tmp_path, monkeypatch):
         assert data["embeddings"].dtype == np.float16
         lengths = [len("a photo of a sidewalk"), len("a photo of a car")]
         assert np.array_equal(data["embeddings"], np.eye(4)[[length % 4 for length in lengths]])
-    with pytest.raises(SystemExit, match="has 8 tokens, the model reads 6"):
+    with pytest.raises(SystemExit, match="has 8 tokens, but the model reads 6"):
         long = "a very very very long sentence with {}"
         tool.main(["--model", "m", "--names", names, "--out", out, "--template", long])
 
