@@ -4,7 +4,7 @@
     python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
     python train_net.py ... --eval-only --classes "sky, house, pole, street, ..."
 
-With --classes, the data set's classes get other names, in the same order; reports go to
+With --classes, the dataset's classes get other names, in the same order; reports go to
 OUTPUT_DIR/inference_other_words.
 """
 
@@ -54,11 +54,11 @@ def run(args):
 
 
 def rename_classes(trainer, names):
-    """Evaluate with other names for the classes of the data set."""
+    """Evaluate with other names for the classes of the dataset."""
     known = trainer.student.class_names
     if len(names) != len(known):
         raise UserError(
-            f"--classes: {len(names)} names for the {len(known)} classes of the data set; give one for "
+            f"--classes: {len(names)} names for the {len(known)} classes of the dataset; give one for "
             f"each, in the order {', '.join(known)}."
         )
     for network in (trainer.student, trainer.teacher.model):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Makes the masks of ADE20K's 150 classes (0 becomes 255, the others lose one), and the lists of images.
+"""Makes masks of ADE20K's 150 classes (id 0 becomes 255, ids 1 to 150 become 0 to 149), and the lists of images.
 
-    ADEChallengeData2016/images/  annotations/                                           what is downloaded
-    ADEChallengeData2016/annotations_detectron2/  train.txt  val.txt                     what is made
+    ADEChallengeData2016/images/  annotations/                                           downloaded by you
+    ADEChallengeData2016/annotations_detectron2/  train.txt  val.txt                     made by this script
 
-Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+An interrupted run can be repeated; valid files are kept. The exit status is 0 only if there are no problems.
 """
 
 import sys

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Brings the SegNet tutorial's copy of CamVid into HierVL's layout: 11 classes, void becomes 255.
+"""Converts the SegNet tutorial's copy of CamVid to HierVL's layout: 11 classes, void becomes 255.
 
-    python datasets/prepare_camvid.py --download         fetch the copy (190 MB), prepare, remove what was fetched
-    python datasets/prepare_camvid.py --source CamVid    prepare a copy that is already here
+    python datasets/prepare_camvid.py --download         download the copy (190 MB), prepare it, remove the download
+    python datasets/prepare_camvid.py --source CamVid    prepare a copy that you have
 
     CamVid/{train,val,test}/*.png  {train,val,test}annot/*.png  {train,val,test}.txt     --source
-    camvid/images/  masks/  train.txt  val.txt  test.txt                                 what is made
+    camvid/images/  masks/  train.txt  val.txt  test.txt                                 made by this script
 
-Images become JPEG of quality 90, which is what the lists of the CamVid splits name; with --png they stay as they are,
-and prepare_splits.py makes the lists anew.
+Images are converted to JPEGs of quality 90, which the published lists of the CamVid splits name. With --png they are
+copied instead, and prepare_splits.py makes lists with their names.
 
-Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+An interrupted run can be repeated; valid files are kept. The exit status is 0 only if there are no problems.
 """
 
 import argparse
@@ -26,19 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "camvid")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--source", help="folder CamVid of the SegNet tutorial")
-    source.add_argument("--download", action="store_true", help="fetch that folder from GitHub")
-    parser.add_argument("--png", action="store_true", help="copy the images instead of making JPEGs")
+    source.add_argument("--download", action="store_true", help="download that folder from GitHub")
+    parser.add_argument("--png", action="store_true", help="copy the PNG images instead of converting them to JPEG")
     args = parser.parse_args(argv)
     if not args.download:
         return command.run(make_plan, args)
     if args.check:
-        parser.error("--check writes nothing, --download does; check against a copy with --source")
+        parser.error("--check cannot be used with --download, because it writes nothing; use it with --source")
     return download_and_prepare(args)
 
 
 def download_and_prepare(args: argparse.Namespace) -> int:
     if is_prepared(args.root) and not args.png:
-        print(f"{args.root}: CamVid is prepared, nothing to fetch")
+        print(f"{args.root}: CamVid is already prepared; nothing to download")
         return 0
     try:
         args.source = fetch_source(args.root, args.partial)

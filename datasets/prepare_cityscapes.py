@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Makes Cityscapes' masks of 19 classes from its *_labelIds.png, and the lists of images.
+"""Makes masks of Cityscapes' 19 classes from its *_labelIds.png, and the lists of images.
 
-    cityscapes/leftImg8bit/  gtFine/                                                     what is downloaded
-    cityscapes/gtFine/*/*/*_gtFine_labelTrainIds.png  train.txt  val.txt                 what is made
+    cityscapes/leftImg8bit/  gtFine/                                                     downloaded by you
+    cityscapes/gtFine/*/*/*_gtFine_labelTrainIds.png  train.txt  val.txt                 made by this script
 
-Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+An interrupted run can be repeated; valid files are kept. The exit status is 0 only if there are no problems.
 """
 
 import sys

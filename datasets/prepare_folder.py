@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Makes a data set of your own images.
+"""Makes a dataset from your own images.
 
     python datasets/prepare_folder.py --images photos --masks masks --classes classes.txt [--palette palette.txt]
     python datasets/prepare_folder.py --images photos --coco annotations.json --classes classes.txt
 
-classes.txt has one class name per line, in the order of the ids. A mask is a PNG with its image's name: 8 bits per
-pixel whose values are class ids (255 is ignored), or, with --palette, colors; palette.txt has lines "R G B name",
-where the name is a class or "ignore". Images without a mask, and those of --unlabeled, are unlabeled. Images stay
-where they are. Nothing is written onto a file to read, nor onto one that this tool did not make.
+classes.txt has one class name per line, in the order of the ids. A mask is a PNG with the name of its image. Its
+8-bit values are class ids (255 is ignored) or, with --palette, its colors encode classes: palette.txt has lines
+"R G B name", where the name is a class or "ignore". Images without a mask, and those in --unlabeled, are unlabeled.
+Images are not copied. Input files, and files that this script did not make, are never overwritten.
 
-    <root>/dataset.yaml  train.txt  val.txt  masks/  splits/all/{labeled,unlabeled}.txt   what is made
+    <root>/dataset.yaml  train.txt  val.txt  masks/  splits/all/{labeled,unlabeled}.txt   made by this script
 
-Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+An interrupted run can be repeated; valid files are kept. The exit status is 0 only if there are no problems.
 """
 
 import argparse
@@ -22,28 +22,29 @@ from hiervl.data.prepare.folder import finish, make_plan
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__, None)
-    parser.add_argument("--name", default="folder", help="its parts are NAME_train and NAME_val (%(default)s)")
+    parser.add_argument(
+        "--name", default="folder", help="name of the dataset; its parts are NAME_train and NAME_val (%(default)s)"
+    )
     parser.add_argument("--images", required=True, help="folder of images, subfolders included")
     parser.add_argument("--classes", required=True, help="text file of class names")
     labels = parser.add_mutually_exclusive_group(required=True)
-    labels.add_argument("--masks", help="folder of masks, with the subfolders of --images")
-    labels.add_argument("--coco", help="annotations in COCO's format")
-    parser.add_argument("--mask-suffix", default="", help="of the masks' names, such as _mask")
-    parser.add_argument("--palette", help="text file of the masks' colors")
+    labels.add_argument("--masks", help="folder of masks, with the same subfolders as --images")
+    labels.add_argument("--coco", help="annotation file in COCO's format")
+    parser.add_argument("--mask-suffix", default="", help="suffix of the masks' names, such as _mask")
+    parser.add_argument("--palette", help="text file with the colors of the masks")
     parser.add_argument("--unlabeled", help="folder of images without masks")
-    parser.add_argument("--val-images", help="folder of images to validate on (default: a share of the labeled ones)")
-    parser.add_argument("--val-masks", help="folder of their masks")
-    parser.add_argument("--val-coco", help="their annotations in COCO's format")
-    parser.add_argument("--val-share", type=float, default=0.2, help="of the labeled images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    parser.add_argument("--val-images", help="folder of validation images (default: a share of the labeled images)")
+    parser.add_argument("--val-masks", help="folder of masks of the validation images")
+    parser.add_argument("--val-coco", help="annotation file of the validation images, in COCO's format")
+    parser.add_argument(
+        "--val-share", type=float, default=0.2, help="share of the labeled images to validate on (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed for choosing these images (%(default)s)")
     args = parser.parse_args(argv)
-    if (
-        args.val_images
-        and bool(args.coco) != bool(args.val_coco)
-        or args.val_images
-        and not (args.val_masks or args.val_coco)
-    ):
-        parser.error("--val-images goes with --val-masks or --val-coco, like --images with --masks or --coco")
+    if args.val_images:
+        has_labels = args.val_masks or args.val_coco
+        if not has_labels or bool(args.coco) != bool(args.val_coco):
+            parser.error("--val-images needs --val-masks if you use --masks, and --val-coco if you use --coco")
     return args
 
 

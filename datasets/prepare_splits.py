@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The labeled/unlabeled lists of the benchmarks, and lists of your own.
+"""Obtains the labeled and unlabeled lists of the benchmarks, or samples your own.
 
-    python datasets/prepare_splits.py                          fetch or make all lists in datasets/splits, check them
+    python datasets/prepare_splits.py                          download or make all lists in datasets/splits, check them
     python datasets/prepare_splits.py --source DIR             the same from a local copy
-    python datasets/prepare_splits.py --source DIR --check     check the copy, write nothing
-    python datasets/prepare_splits.py --draw camvid_train --labeled 20 50 --seeds 0 1 [--balanced]
+    python datasets/prepare_splits.py --source DIR --check     only check the copy
+    python datasets/prepare_splits.py --sample camvid_train --labeled 20 50 --seeds 0 1 [--balanced]
 
-The published lists come from UniMatch's repository (MIT license); each must have the SHA-256 that is known. Exit
-status: 0 only if everything holds.
+The published lists are downloaded from UniMatch's repository (MIT license); each must have the known SHA-256. The exit
+status is 0 only if there are no problems.
 """
 
 import argparse
@@ -24,28 +24,34 @@ GROUPS = sorted(published.TRAIN_PARTS)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=DEFAULT_SPLIT_ROOT, help="folder to write, DATASETS.SPLIT_ROOT (%(default)s)")
-    parser.add_argument("--source", help="local copy of the lists (default: the network)")
-    parser.add_argument("--check", action="store_true", help="write nothing; check --source, or else --out")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these data sets only")
-    draw = parser.add_argument_group("lists of your own")
-    draw.add_argument("--draw", metavar="PART", help="draw labeled images of a registered part, such as folder_train")
-    draw.add_argument("--labeled", type=int, nargs="+", help="how many; one split for each, nested")
-    draw.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of splits for each")
-    draw.add_argument("--balanced", action="store_true", help="take turns at the classes instead of drawing uniformly")
+    parser.add_argument(
+        "--out", default=DEFAULT_SPLIT_ROOT, help="folder to write to, DATASETS.SPLIT_ROOT (%(default)s)"
+    )
+    parser.add_argument("--source", help="local copy of the lists (default: download them)")
+    parser.add_argument("--check", action="store_true", help="only check the lists in --source, or else --out")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="restrict to the lists of these")
+    sample = parser.add_argument_group("lists of your own")
+    sample.add_argument("--sample", metavar="PART", help="registered part to sample from, such as folder_train")
+    sample.add_argument("--labeled", type=int, nargs="+", help="numbers of labeled images; one split each, nested")
+    sample.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds; one set of splits each")
+    sample.add_argument("--balanced", action="store_true", help="cover rare classes, instead of sampling uniformly")
+    sample.add_argument("--draw", nargs="?", const="", help=argparse.SUPPRESS)  # the former name of --sample
     args = parser.parse_args(argv)
-    if bool(args.draw) != bool(args.labeled):
-        parser.error("--draw and --labeled go together")
+    if args.draw is not None:
+        parser.error("--draw has been renamed; use --sample")
+    if bool(args.sample) != bool(args.labeled):
+        parser.error("--sample and --labeled must be given together")
     return args
 
 
-def draw(args: argparse.Namespace) -> int:
+def write_samples(args: argparse.Namespace) -> int:
+    """Samples splits of a dataset and prints how to use them; returns the exit status."""
     kind = "balanced" if args.balanced else "uniform"
     folders = sample_splits(
-        args.draw,
+        args.sample,
         args.labeled,
         args.seeds,
-        os.path.join(args.out, args.draw, kind),
+        os.path.join(args.out, args.sample, kind),
         balanced=args.balanced,
         workers=cores(),
     )
@@ -54,7 +60,8 @@ def draw(args: argparse.Namespace) -> int:
     return 0
 
 
-def benchmarks(args: argparse.Namespace) -> int:
+def obtain_benchmark_lists(args: argparse.Namespace) -> int:
+    """Writes the lists of the benchmarks (unless --check) and checks them; returns the exit status."""
     folder = args.source if args.check and args.source else args.out
     if not args.check:
         written = published.obtain(args.out, args.only, args.source)
@@ -62,19 +69,19 @@ def benchmarks(args: argparse.Namespace) -> int:
     problems = published.check(folder, args.only)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    lists = sum(path.split("/")[0] in args.only for path in published.known_hashes())
-    print(
-        f"{folder}: {len(problems)} problems in the {lists} lists of {', '.join(args.only)}"
-        if problems
-        else f"{folder}: all {lists} lists of {', '.join(args.only)} are as published"
-    )
-    return 1 if problems else 0
+    num_lists = sum(path.split("/")[0] in args.only for path in published.known_hashes())
+    names = ", ".join(args.only)
+    if problems:
+        print(f"{folder}: {len(problems)} problems in the {num_lists} lists of {names}")
+        return 1
+    print(f"{folder}: all {num_lists} lists of {names} are as published")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        return draw(args) if args.draw else benchmarks(args)
+        return write_samples(args) if args.sample else obtain_benchmark_lists(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

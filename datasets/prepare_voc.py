@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Makes the augmented Pascal VOC: masks of VOC 2012 and SBD in one folder, and the lists of images.
 
-    VOC2012/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt      what is downloaded, and SBD
-    VOC2012/SegmentationClassAug/*.png  train_aug.txt  val.txt                           what is made
+    VOC2012/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt      downloaded by you, and SBD
+    VOC2012/SegmentationClassAug/*.png  train_aug.txt  val.txt                           made by this script
 
-No image of VOC's val list is in the train list. Where both have a mask, VOC's own is taken.
+Images of VOC's val list are left out of the train list. If an image has a mask in both, VOC's is used.
 
-Resumable: what is there and right is kept. Exit status: 0 only if nothing is wrong.
+An interrupted run can be repeated; valid files are kept. The exit status is 0 only if there are no problems.
 """
 
 import sys
@@ -17,7 +17,7 @@ from hiervl.data.prepare.voc import make_plan
 def main(argv: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "VOC2012")
     parser.add_argument("--sbd", help="folder benchmark_RELEASE of SBD, with dataset/cls/*.mat")
-    parser.add_argument("--aug", help="folder of the augmented PNGs (SegmentationClassAug), instead of --sbd")
+    parser.add_argument("--aug", help="folder of augmented PNGs (SegmentationClassAug), instead of --sbd")
     return command.run(make_plan, parser.parse_args(argv))
 
 

@@ -1,6 +1,6 @@
 """HierVL: semi-supervised semantic segmentation with a mask transformer that knows its classes by name.
 
-Importing the package registers its data sets in Detectron2's catalogs, and its backbones and meta-architecture in
+Importing the package registers its datasets in Detectron2's catalogs, and its backbones and meta-architecture in
 Detectron2's registries.
 """
 

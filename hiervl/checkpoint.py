@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or absent, and weights that fit or say what does not."""
+"""Saves checkpoints atomically, and loads weights with errors that name what does not fit."""
 
 import contextlib
 import os
 import pickle
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from typing import IO
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,54 +13,32 @@ from detectron2.checkpoint import DetectionCheckpointer
 from .download import is_url, local_weights
 from .errors import UserError
 from .pickled_arrays import is_array, read_pickled_arrays
+from .utils.files import replace_file
 
 
 @contextlib.contextmanager
-def atomic_write(path: str, mode: str = "wb"):
-    """Open `path` for writing (mode "w" or "wb") such that it is replaced at the end, as a whole, or not at all.
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
+    """Opens `path` for writing (mode "w" or "wb") such that it is replaced as a whole at the end, or not at all.
 
-    The content goes to a temporary file in the same folder, is forced to disk, and takes the name by a rename: a
-    crash, a full disk or a kill leaves the old file.
+    The content is forced to disk: after a crash, a full disk or a kill, the old file is still there.
 
     Raises:
         UserError: the file cannot be written (no space, no permission, no such folder).
     """
     try:
-        with _replacing(path, mode) as file:
+        with replace_file(path, mode) as file:
             yield file
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another OUTPUT_DIR."
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another OUTPUT_DIR."
         ) from error
 
 
-@contextlib.contextmanager
-def _replacing(path, mode):
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-    folder_handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(folder_handle)  # the rename itself
-    finally:
-        os.close(folder_handle)
-
-
 class TrainedNames:
-    """Which class names a network was trained with, as a part of its checkpoint.
+    """The class names that a network was trained with, as a part of its checkpoint.
 
     Args:
-        networks: they get the names when a checkpoint is loaded (attribute `trained_names`).
+        networks: networks whose attribute `trained_names` is set when a checkpoint is loaded.
     """
 
     def __init__(self, *networks):
@@ -76,11 +55,11 @@ class TrainedNames:
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes and strict loading of our own checkpoints.
 
-    `model_best` is not what --resume continues from, so it does not become `last_checkpoint`.
+    `model_best` does not become `last_checkpoint`, because --resume must continue from the latest state.
     """
 
     def save(self, name, **extra):
-        """Write `<save_dir>/<name>.pth` (weights, checkpointables, `extra`) and make `last_checkpoint` name it."""
+        """Writes `<save_dir>/<name>.pth` (weights, checkpointables, `extra`) and its name to `last_checkpoint`."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {
@@ -100,12 +79,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def load(self, path, checkpointables=None):
-        """Load weights, and the named checkpointables (None: all that the file has).
+        """Loads weights, and the named checkpointables (None: all of this checkpointer).
+
+        Weights of other projects need not match completely: missing and unexpected keys are only logged.
+
+        Returns:
+            the rest of the checkpoint, a dict.
 
         Raises:
-            UserError: no such file, a URL that cannot be fetched, not a checkpoint; for our own checkpoints, a key that
-                is missing, surplus or of another shape, or a checkpointable that is not there. Weights of other
-                projects may lack keys: those are listed in the log; that not one of their keys is known is an error.
+            UserError: the file does not exist or is not a checkpoint, or its URL cannot be downloaded. For HierVL's
+                checkpoints: a key is missing, unexpected or of another shape, or a checkpointable is missing. For
+                weights of other projects: a shape differs, or not a single weight matches.
         """
         self._path = path
         if path and is_url(path):
@@ -113,19 +97,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path = local_weights(address, "MODEL.WEIGHTS", "set it to '' to train from scratch") + mark + query
         elif path and not os.path.isfile(path):
             raise UserError(f"{path}: no such checkpoint (MODEL.WEIGHTS, or the last_checkpoint of OUTPUT_DIR).")
-        self._wanted = list(self.checkpointables) if checkpointables is None else checkpointables
+        self._required = list(self.checkpointables) if checkpointables is None else checkpointables
         try:
             return super().load(path, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # a load that failed must not make detectron2 refuse the next one
+            self._parsed_url_during_load = None  # left over by a failed load, it would make Detectron2 refuse the next
 
     def _load_file(self, path):
-        """Detectron2 unpickles .pkl files as they are and .pyth files with all that torch.load allows; neither may
-        run code here."""
+        """Reads a file without running code from it, unlike Detectron2, which unpickles .pkl and .pyth files."""
         if path.endswith(".pkl"):
             return _model_zoo_weights(path)
         if path.endswith(".pyth"):
-            raise UserError(f"{path}: checkpoints of pycls are not read; save its model_state as a .pth file.")
+            raise UserError(f"{path}: pycls checkpoints are not supported; save its model_state as a .pth file.")
         return super()._load_file(path)
 
     def _torch_load(self, path):
@@ -133,18 +116,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         ours = "trainer" in checkpoint
-        absent = [key for key in self._wanted if key not in checkpoint]
-        if ours and absent:
+        missing = [key for key in self._required if key not in checkpoint]
+        if ours and missing:
             raise UserError(
-                f"{self._path}: the state of {absent[0]!r} is not in it, so training cannot go on from "
-                "here; name it in MODEL.WEIGHTS to start from its weights."
+                f"{self._path}: has no state of {missing[0]!r}, so training cannot be resumed from it; "
+                "set MODEL.WEIGHTS to this file to start from its weights."
             )
-        found = [key.removeprefix("module.") for key in checkpoint["model"]]
-        if not found:
-            raise UserError(f"{self._path}: holds no weights.")
+        names = [key.removeprefix("module.") for key in checkpoint["model"]]
+        if not names:
+            raise UserError(f"{self._path}: contains no weights.")
         incompatible = super()._load_model(checkpoint)
         if ours:
-            _raise_on_misfit(
+            _raise_on_mismatch(
                 self._path,
                 "this config",
                 incompatible.missing_keys,
@@ -152,17 +135,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 incompatible.incorrect_shapes,
             )
         elif incompatible.incorrect_shapes:
-            _raise_on_misfit(self._path, "this config", (), (), incompatible.incorrect_shapes)
+            _raise_on_mismatch(self._path, "this config", (), (), incompatible.incorrect_shapes)
         elif {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise UserError(
-                f"{self._path}: none of its {len(found)} weights (such as {found[0]}) has a name that the "
-                "model knows; weights of a backbone alone belong in MODEL.BACKBONE.WEIGHTS."
+                f"{self._path}: none of its {len(names)} weights (such as {names[0]}) exists in the model; "
+                "weights of a backbone alone belong in MODEL.BACKBONE.WEIGHTS."
             )
         return incompatible
 
 
 def _model_zoo_weights(path):
-    """What Detectron2 makes of a .pkl file: a checkpoint of its own model zoo, or Caffe2's blobs."""
+    """Reads a .pkl file of Detectron2's model zoo or of Caffe2's blobs, into the dict that Detectron2 expects."""
     data = read_pickled_arrays(path)
     if "model" not in data or "__author__" not in data:
         blobs = data.get("blobs", data)
@@ -171,65 +154,86 @@ def _model_zoo_weights(path):
             "__author__": "Caffe2",
             "matching_heuristics": True,
         }
-    strange = next((name for name, value in data["model"].items() if not is_array(value)), None)
-    if strange is not None:
-        raise UserError(
-            f"{path}: {strange!r} in it is no array of numbers; it is not a checkpoint of Detectron2's model zoo."
-        )
+    invalid = next((name for name, value in data["model"].items() if not is_array(value)), None)
+    if invalid is not None:
+        raise UserError(f"{path}: {invalid!r} is not an array of numbers; use a checkpoint of Detectron2's model zoo.")
     return data
 
 
 def read_state(path: str, key: str):
-    """torch.load of tensors and plain containers only, onto the CPU. `key`: the config key to name in errors."""
+    """torch.load onto the CPU, restricted to tensors and plain containers.
+
+    Args:
+        path: of the file.
+        key: config key that names the file, for error messages.
+
+    Raises:
+        UserError: the file does not exist, is damaged, or contains anything else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file ({key}).") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(
-            f"{path}: not a file of weights, or damaged ({key}): {(str(error) or 'it is empty').splitlines()[0][:150]}"
+            f"{path}: not a weights file, or damaged ({key}): {(str(error) or 'it is empty').splitlines()[0][:150]}"
         ) from None
 
 
 def load_strictly(module: torch.nn.Module, path: str, key: str) -> None:
-    """Load a state dict that must fit `module` key by key.
+    """Loads a state dict whose keys and shapes must match those of `module`.
+
+    Args:
+        module: gets the weights.
+        path: of the state dict.
+        key: config key that names the file, for error messages.
 
     Raises:
-        UserError: names the file, the first key that does not fit, and the config key that chose the file.
+        UserError: the file cannot be read or does not match. The message names the file, the first key that does not
+            match, and the config key.
     """
-    _fit(module, read_state(path, key), path, key)
+    _load_matching(module, read_state(path, key), path, key)
 
 
 def load_network(network: torch.nn.Module, path: str, kind: str = "teacher") -> None:
-    """Load one network of a HierVL checkpoint, "teacher" or "student"; a file of plain weights has only one.
+    """Loads one network of a HierVL checkpoint.
+
+    Args:
+        network: gets the weights.
+        path: of the checkpoint, or of a plain state dict.
+        kind: "teacher" or "student"; without effect if the file has only one network.
 
     Raises:
-        UserError: no such file, or it does not fit the network.
+        UserError: the file cannot be read or does not match the network.
     """
     state = read_state(path, "MODEL.WEIGHTS")
     name = "teacher" if kind == "teacher" and "teacher" in state else "model"
-    _fit(network, state.get(name, state), path, "this config")
+    _load_matching(network, state.get(name, state), path, "this config")
     if "trained_names" in state:
         TrainedNames(network).load_state_dict(state["trained_names"])
 
 
-def _fit(module, state, path, target):
-    own = module.state_dict()
+def _load_matching(module, state, path, target):
+    """Loads a state dict if it matches `module`, which errors call `target`."""
+    expected = module.state_dict()
     shapes = [
-        (name, tuple(value.shape), tuple(own[name].shape))
+        (name, tuple(value.shape), tuple(expected[name].shape))
         for name, value in state.items()
-        if name in own and value.shape != own[name].shape
+        if name in expected and value.shape != expected[name].shape
     ]
-    _raise_on_misfit(path, target, [k for k in own if k not in state], [k for k in state if k not in own], shapes)
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    _raise_on_mismatch(path, target, missing, unexpected, shapes)
     module.load_state_dict(state)
 
 
-def _raise_on_misfit(path, target, missing, unexpected, shapes):
+def _raise_on_mismatch(path, target, missing, unexpected, shapes):
+    """Raises UserError on the first mismatch; `shapes` has (name, shape in the file, shape in the model)."""
     if shapes:
-        name, found, wanted = shapes[0]
+        name, file_shape, model_shape = shapes[0]
         raise UserError(
-            f"{path}: {name} has shape {found}, {target} needs {wanted} "
-            f"({len(shapes)} such weights); use the config the weights were made with."
+            f"{path}: {name} has shape {file_shape}, but {target} needs {model_shape} "
+            f"({len(shapes)} such weights); use the config that the weights were trained with."
         )
     if missing:
         raise UserError(
@@ -238,6 +242,6 @@ def _raise_on_misfit(path, target, missing, unexpected, shapes):
         )
     if unexpected:
         raise UserError(
-            f"{path}: {unexpected[0]} has no place in {target} ({len(unexpected)} such weights); "
+            f"{path}: {unexpected[0]} does not exist in {target} ({len(unexpected)} such weights); "
             "use weights of this architecture."
         )

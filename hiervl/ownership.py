@@ -1,7 +1,7 @@
-"""Which files a tool may write: never one that it reads, and never one that it did not create.
+"""Decides which files a tool may write: never one that it reads, and never one that it did not create.
 
-A folder that a tool writes into has a list of what the tools made there, ``.hiervl-made``, one relative path a line.
-Tools look first and write then: what they refuse, they refuse before anything is written or computed.
+A folder that a tool writes to has a record, ``.hiervl-made``, of the files that the tools made there: one relative
+path per line. Tools check all files first, so that they refuse before anything is written or computed.
 """
 
 import os
@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from .errors import UserError
 
 RECORD = ".hiervl-made"
-_PARTIAL = ".tmp"  # what a file is called while it is written
+_PARTIAL = ".tmp"  # suffix of a file that is being written
 
 
 def identities(paths: Iterable[str]) -> set[tuple[int, int]]:
-    """Device and inode of the files among ``paths`` that exist: the same by any name, link or spelling."""
-    return {found for path in paths if (found := identity(path))}
+    """(device, inode) of all ``paths`` that exist. Two names or links of the same file have the same identity."""
+    return {file_id for path in paths if (file_id := identity(path))}
 
 
 def identity(path: str) -> tuple[int, int] | None:
-    """Device and inode; None if nothing is there."""
+    """(device, inode) of a file or folder; None if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -28,12 +28,15 @@ def identity(path: str) -> tuple[int, int] | None:
 
 
 class OutputFolder:
-    """A folder to write into.
+    """A folder to write to, with the record of the files that the tools made in it.
 
     Args:
-        folder: need not exist.
-        option: what leads to another place, for errors, such as "--output".
-        ours: all that is there under our names counts as made by us (a folder from before there were records).
+        folder: path; need not exist.
+        option: the option by which the user can choose another folder, such as "--output", for error messages.
+        ours: treat all existing files as made by the tools (for folders from before there were records).
+
+    Raises:
+        UserError: the record cannot be read.
     """
 
     def __init__(self, folder: str, option: str, ours: bool = False) -> None:
@@ -42,45 +45,48 @@ class OutputFolder:
         self._made = set(self._read())
 
     def check(self, paths: Iterable[str], sources: Iterable[str] = ()) -> None:
-        """Looks at files that are to be written.
+        """Checks that files may be written.
 
         Args:
-            paths: of them, inside the folder.
+            paths: files to write, inside the folder.
             sources: files that are read.
 
         Raises:
-            UserError: one of them is a source, or is there already and not ours.
+            UserError: a file is a source, or exists and was not made by the tools.
         """
-        read = identities(sources)
+        source_ids = identities(sources)
         for path in paths:
-            if identity(path) in read:
+            if identity(path) in source_ids:
                 self.refuse_source(path)
-            if there := path if os.path.islink(path) else self.foreign(path):  # we make no links
-                self.refuse_foreign(there)
+            existing = path if os.path.islink(path) else self.foreign(path)  # the tools make no links
+            if existing:
+                self.refuse_foreign(existing)
 
     def foreign(self, path: str) -> str:
-        """``path``, or what it is called while it is written, if that is there and not ours; else ""."""
+        """``path``, or its temporary name during writing, if that exists and was not made by the tools; else ""."""
         if self.ours or self._name(path) in self._made:
             return ""
-        return next((there for there in (path, path + _PARTIAL) if os.path.lexists(there)), "")
+        return next((name for name in (path, path + _PARTIAL) if os.path.lexists(name)), "")
 
     def refuse_source(self, path: str, why: str = "") -> None:
+        """Raises UserError because a file to write is a source; ``why`` is a further reason for the message."""
         raise UserError(
-            f"{path} is one of the files to read and would be overwritten{why and f' ({why})'}; nothing "
-            f"was written. Pick another place with {self.option}."
+            f"{path} is one of the input files and would be overwritten{why and f' ({why})'}; nothing "
+            f"was written. Choose another location with {self.option}."
         )
 
     def refuse_foreign(self, path: str, why: str = "") -> None:
+        """Raises UserError because a file to write is the user's; ``why`` is a further reason for the message."""
         raise UserError(
-            f"{path} is already there and was not made by this tool{why and f' ({why})'}; nothing was "
-            f"written. Move it away, or pick another place with {self.option}."
+            f"{path} already exists and was not made by this tool{why and f' ({why})'}; nothing was "
+            f"written. Move it away, or choose another location with {self.option}."
         )
 
     def add(self, paths: Iterable[str]) -> None:
-        """Records files as ours; to be called before they are written, so that a killed run can go on.
+        """Records files as made by the tools. Call it before they are written, so that a killed run can be continued.
 
         Raises:
-            UserError: no space, no permission.
+            UserError: the record cannot be written.
         """
         new = [name for name in dict.fromkeys(map(self._name, paths)) if name not in self._made]
         if new:
@@ -88,11 +94,11 @@ class OutputFolder:
             self._made.update(new)
 
     def settle(self) -> None:
-        """Forgets what was recorded and never made: a file that comes to be there is another's."""
-        left = [name for name in sorted(self._made) if os.path.lexists(os.path.join(self.folder, name))]
-        if len(left) < len(self._made):
-            self._write("w", left)
-            self._made = set(left)
+        """Removes files from the record that were never made: if such a file appears later, it is the user's."""
+        existing = [name for name in sorted(self._made) if os.path.lexists(os.path.join(self.folder, name))]
+        if len(existing) < len(self._made):
+            self._write("w", existing)
+            self._made = set(existing)
 
     def _name(self, path: str) -> str:
         return os.path.relpath(path, self.folder).replace(os.sep, "/")
@@ -100,7 +106,7 @@ class OutputFolder:
     def _read(self) -> list[str]:
         try:
             with open(self._path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                names = file.read().split("\n")[:-1]  # after the last newline: nothing, or half a name
+                names = file.read().split("\n")[:-1]  # the last element is empty, or a name cut off by a killed run
                 return [name for name in names if name]
         except FileNotFoundError:
             return []
@@ -110,12 +116,13 @@ class OutputFolder:
     def _write(self, mode: str, names: list[str]) -> None:
         try:
             os.makedirs(self.folder, exist_ok=True)
-            # A newline first: a killed run may have left half a name.
-            text = ("\n" if mode == "a" and os.path.exists(self._path) else "") + "".join(f"{n}\n" for n in names)
+            # Start with a newline, because a killed run may have left an incomplete line.
+            start = "\n" if mode == "a" and os.path.exists(self._path) else ""
+            text = start + "".join(f"{name}\n" for name in names)
             with open(self._path, mode, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 file.write(text)
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path} ({error.strerror or error}); make room, or pick another "
-                f"place with {self.option}"
+                f"cannot write {self._path} ({error.strerror or error}); free some space, or choose "
+                f"another location with {self.option}"
             ) from None

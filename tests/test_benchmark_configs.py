@@ -20,7 +20,7 @@ from hiervl.semi.solver import build_lr_scheduler, build_optimizer
 from .conftest import shared_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# data set: (epochs, crop, {labeled images: split})
+# dataset: (epochs, crop, {labeled images: split})
 PROTOCOL = {
     "coco": (10, 512, {232: "1_512", 463: "1_256", 925: "1_128", 1849: "1_64", 3697: "1_32"}),
     "voc": (80, 512, {n: str(n) for n in (92, 183, 366, 732, 1464)}),

@@ -206,7 +206,7 @@ def test_every_renamed_key_is_refused_with_its_new_name(tmp_path):
         (["INPUT.FLIP_PROB", "1.5"], "INPUT.FLIP_PROB is 1.5; it is a share"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE: 'gpu' is no device"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
-        (["DATASETS.TRAIN", "('a', 'b')"], "DATASETS.TRAIN is .*name one data set"),
+        (["DATASETS.TRAIN", "('a', 'b')"], "DATASETS.TRAIN is .*name one dataset"),
         (["MODEL.SIZE_DIVISIBILITY", "48"], "multiple of 32"),
         (["MODEL.HSQG.TOP_K", "0"], "MODEL.HSQG.TOP_K is 0"),
         (["MODEL.HSQG.ENABLED", "False"], "MODEL.CMSAM.ENABLED is True but needs MODEL.HSQG.ENABLED True"),

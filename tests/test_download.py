@@ -137,5 +137,5 @@ def test_another_copy_of_camvid_is_refused(server, tmp_path, monkeypatch):
     address, files, _ = server
     files["/master.zip"] = camvid_zip()
     monkeypatch.setattr(camvid_archive, "URL", f"{address}/master.zip")
-    with pytest.raises(UserError, match="CamVid/train holds 2 images, 367 are expected"):
+    with pytest.raises(UserError, match="CamVid/train has 2 images, but 367 are expected"):
         camvid_archive.fetch_source(str(tmp_path / "camvid"))

@@ -27,7 +27,7 @@ ALLOWED = {
     "utils": {"errors"},
     "errors": set(),
     "config": {"errors"},
-    "checkpoint": {"download", "errors", "pickled_arrays"},
+    "checkpoint": {"download", "errors", "pickled_arrays", "utils"},
     "download": {"errors"},
     "paths": set(),
     "pickled_arrays": {"errors"},
@@ -124,7 +124,7 @@ def tracked_python_files() -> list[Path]:
         listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
         if listed.returncode == 0 and listed.stdout:
             return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
-    # Not recursive in datasets/, where users may keep whole data sets.
+    # Not recursive in datasets/, where users may keep whole datasets.
     patterns = ("*.py", "datasets/*.py", "hiervl/**/*.py", "tools/**/*.py", "tests/**/*.py")
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 

@@ -112,7 +112,7 @@ def _check_environment(cfg):
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; name a folder for the run.")
     if len(cfg.DATASETS.TRAIN) != 1:
-        raise UserError(f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}; name one data set.")
+        raise UserError(f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}; name one dataset.")
 
 
 def _check_modules(cfg):

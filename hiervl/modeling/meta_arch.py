@@ -90,7 +90,7 @@ class HierVL(nn.Module):
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         if not hasattr(metadata, "stuff_classes"):
             raise UserError(
-                f"DATASETS.TRAIN: there is no data set {cfg.DATASETS.TRAIN[0]!r}; datasets/README.md lists those that "
+                f"DATASETS.TRAIN: there is no dataset {cfg.DATASETS.TRAIN[0]!r}; datasets/README.md lists those that "
                 "HierVL knows."
             )
         class_names, things = metadata.stuff_classes, set(metadata.get("thing_classes", ()))

@@ -1,4 +1,4 @@
-"""Runs the scripts of datasets/ as a user does, without starting a process for each."""
+"""Fixtures that run the scripts of datasets/ like a user, but in this process."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "datasets"
 
 @pytest.fixture
 def run(capsys):
-    """``run("prepare_coco", "--check", …)`` -> status, out, err."""
+    """``run("prepare_coco", "--check", ...)`` returns an object with status, out and err."""
 
     def call(script, *argv):
         spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")

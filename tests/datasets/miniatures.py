@@ -1,4 +1,4 @@
-"""The benchmarks in their official layouts, three to six images each: file names, json, .mat, palettes, polygons."""
+"""The benchmarks in their official layouts with three to six images each, including annotations, .mat and palettes."""
 
 import json
 
@@ -26,12 +26,12 @@ def indexed(path, ids, palette=None):
 
 
 def box(y0, x0, y1, x1):
-    """A polygon that covers exactly the pixels [y0, y1) x [x0, x1)."""
+    """A COCO polygon that covers exactly the pixels [y0, y1) x [x0, x1)."""
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
 def coco(root):
-    """Train: 9 a person, a small dog on it and a crowd of people; 25 nothing; 30 run lengths. Val: 139 a cup."""
+    """Train: image 9 has a person, a small dog on it, and a crowd; 25 nothing; 30 run lengths. Val: 139 has a cup."""
     categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 47, "name": "cup"}]
     crowd = np.zeros(SIZE, np.uint8, order="F")
     crowd[:, 20:] = 1
@@ -78,7 +78,7 @@ def coco(root):
 
 
 def voc(root, sbd):
-    """Train 2007_000032, val 2007_000033; SBD has those two, differently, and 2008_000002."""
+    """Train is 2007_000032, val 2007_000033; SBD has other masks for these two, and a mask for 2008_000002."""
     palette = np.random.default_rng(0).integers(0, 255, 768, dtype=np.uint8).tobytes()
     for seed, name in enumerate(("2007_000032", "2007_000033", "2008_000002")):
         photo(root / "JPEGImages" / f"{name}.jpg", seed)
@@ -100,7 +100,7 @@ def voc(root, sbd):
 
 
 def ade20k(root):
-    """Two training images and one for validation; ids 0 to 150."""
+    """Two training images and one validation image with ids 0 to 150."""
     for folder, short, count in (("training", "train", 2), ("validation", "val", 1)):
         for i in range(1, count + 1):
             photo(root / "images" / folder / f"ADE_{short}_{i:08d}.jpg", i)
@@ -109,8 +109,7 @@ def ade20k(root):
 
 
 def cityscapes(root):
-    """Three training images of two cities and one for validation: a road, two cars, a group of cars, and what is not
-    evaluated."""
+    """Three training images of two cities and one validation image: road, two cars, a group of cars, an ignored id."""
     for i, (folder, city) in enumerate(
         [("train", "aachen"), ("train", "aachen"), ("train", "zurich"), ("val", "frankfurt")]
     ):
@@ -131,7 +130,7 @@ def cityscapes(root):
 
 
 def camvid(source):
-    """Three training images, one for validation, one to test; ids 0 to 11; lists with someone else's folders."""
+    """Three training images, one validation and one test image; ids 0 to 11; lists with folders of another machine."""
     names = {
         "train": ("0001TP_006690", "0016E5_00390", "0006R0_f01020"),
         "val": ("0016E5_07959",),

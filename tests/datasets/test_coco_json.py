@@ -1,4 +1,4 @@
-"""What can be wrong with a COCO json: each ends in an error that names it, and none in a crash."""
+"""Every mistake in a COCO annotation file raises an error that names it; none crashes the process."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ MISSING = object()
 
 
 def content():
-    """Two images; outlines, run lengths of both forms, a crowd, and a box without an outline."""
+    """Two images; polygons, run lengths of both forms, a crowd, and a box without a segmentation."""
     disc = np.zeros(SIZE, np.uint8, order="F")
     disc[3:9, 4:20] = 1
     shapes = {
@@ -63,21 +63,21 @@ def write(path, data):
 
 
 def paint(path, instances=""):
-    """(ids, numbers) of every image of a file, or the error of one."""
+    """{image id: (ids, instance numbers)} of all images of a file; raises the error of the first wrong one."""
     file = CocoFile(str(path))
     make = CocoMasks([file], CLASSES, 255)
     return {i: make(Job(f"{i}.jpg", key=(0, i), instances=instances), SIZE) for i in file.images}
 
 
-def refused(path, data, *words):
+def assert_refused(path, data, *expected_words):
     with pytest.raises(UserError) as error:
         paint(write(path, data))
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and all(word in message for word in (path.name, *words)), message
+    assert len(message.splitlines()) == 1 and all(word in message for word in (path.name, *expected_words)), message
     assert len(message) < 500 and any(way in message for way in ("correct", "export", "add it", "use the"))
 
 
-def changed(key, number, field, value):
+def with_field(key, number, field, value):
     data = content()
     if value is MISSING:
         del data[key][number][field]
@@ -86,7 +86,7 @@ def changed(key, number, field, value):
     return data
 
 
-def test_what_is_right_is_painted(tmp_path):
+def test_valid_annotations_are_painted(tmp_path):
     label, numbers = paint(write(tmp_path / "a.json", content()), "instances")[7]
     assert set(np.unique(label)) == {0, 2, 255} and set(np.unique(numbers)) == {0, 3, 4}
     assert not paint(tmp_path / "a.json")[8][0].any()
@@ -107,16 +107,16 @@ def test_what_is_right_is_painted(tmp_path):
         ("annotations", "iscrowd", (None, True, "0", 2, -1, [0])),
     ],
 )
-def test_wrong_and_missing_fields(tmp_path, key, field, values):
+def test_wrong_and_missing_fields_are_refused(tmp_path, key, field, values):
     place = {"images": "image 7", "categories": "category 1", "annotations": "annotation 1"}[key]
     for value in values:
-        if field == "id":  # it cannot name the item
+        if field == "id":  # without a valid id, the message describes the item in another way
             place = {"annotations": "of image 7"}.get(key, f"'{key}' at byte" if value is MISSING else key[:5])
-        refused(tmp_path / "a.json", changed(key, 0, field, value), f"'{field}'", place)
+        assert_refused(tmp_path / "a.json", with_field(key, 0, field, value), f"'{field}'", place)
 
 
 @pytest.mark.parametrize(
-    "key, field, value, words",
+    "key, field, value, expected_words",
     [
         ("images", "id", 8, "image 8: another image has the same id"),
         ("images", "file_name", "8.jpg", "the file name '8.jpg'"),
@@ -127,12 +127,12 @@ def test_wrong_and_missing_fields(tmp_path, key, field, values):
         ("annotations", "category_id", 3, "annotation 1 of image 7 cannot be used (it has the category 3"),
     ],
 )
-def test_fields_that_do_not_fit_the_rest(tmp_path, key, field, value, words):
-    refused(tmp_path / "a.json", changed(key, 0, field, value), words)
+def test_inconsistent_fields_are_refused(tmp_path, key, field, value, expected_words):
+    assert_refused(tmp_path / "a.json", with_field(key, 0, field, value), expected_words)
 
 
 @pytest.mark.parametrize(
-    "shape, words",
+    "shape, expected_words",
     [
         (MISSING, "no 'segmentation'"),
         (None, "no 'segmentation'"),
@@ -140,9 +140,9 @@ def test_fields_that_do_not_fit_the_rest(tmp_path, key, field, value, words):
         ({}, "no 'segmentation'"),
         ([[]], "no 'segmentation'"),
         ([[1, 2, 3, 4]], "no 'segmentation'"),
-        ("x", "neither polygons nor"),
-        (5, "neither polygons nor"),
-        (True, "neither polygons nor"),
+        ("x", "neither a list of polygons nor"),
+        (5, "neither a list of polygons nor"),
+        (True, "neither a list of polygons nor"),
         ([1, 2, 3, 4, 5, 6], "polygon 1 is not a list"),
         ([[1, 2, 3, 4, 5, "6"]], "not a list of numbers"),
         ([[1, 2, 3, 4, 5, True]], "not a list of numbers"),
@@ -154,14 +154,14 @@ def test_fields_that_do_not_fit_the_rest(tmp_path, key, field, value, words):
         ([None], "polygon None"),
     ],
 )
-def test_wrong_polygons(tmp_path, shape, words):
-    data = changed("annotations", 0, "segmentation", shape)
+def test_invalid_polygons_are_refused(tmp_path, shape, expected_words):
+    data = with_field("annotations", 0, "segmentation", shape)
     del data["annotations"][0]["bbox"]
-    refused(tmp_path / "a.json", data, "annotation 1 of image 7", words)
+    assert_refused(tmp_path / "a.json", data, "annotation 1 of image 7", expected_words)
 
 
 @pytest.mark.parametrize(
-    "counts, words",
+    "counts, expected_words",
     [
         (MISSING, "counts None"),
         (None, "counts None"),
@@ -182,7 +182,7 @@ def test_wrong_polygons(tmp_path, shape, words):
         ("p", "the character"),
         ("/", "the character"),
         ("0\0", "the character"),
-        ("o", "end within"),
+        ("o", "end in the middle"),
         ("o" * 7, "too long"),
         ("o" * 100000, "too long"),
         ("O", "negative number -1"),
@@ -191,38 +191,43 @@ def test_wrong_polygons(tmp_path, shape, words):
         ("`h0" * 4, "add up to"),
     ],
 )
-def test_wrong_run_lengths(tmp_path, counts, words):
+def test_invalid_run_length_counts_are_refused(tmp_path, counts, expected_words):
     shape = {"size": list(SIZE)} if counts is MISSING else {"size": list(SIZE), "counts": counts}
-    refused(tmp_path / "a.json", changed("annotations", 1, "segmentation", shape), "annotation 2 of image 7", words)
+    assert_refused(
+        tmp_path / "a.json",
+        with_field("annotations", 1, "segmentation", shape),
+        "annotation 2 of image 7",
+        expected_words,
+    )
 
 
 @pytest.mark.parametrize(
     "size", [None, [], [24], [32, 24], ["24", 32], [24.0, 32], [24, 32, 1], {}, [2**40, 2**40], [-24, -32], [True, 768]]
 )
-def test_wrong_sizes_of_run_lengths(tmp_path, size):
+def test_invalid_run_length_sizes_are_refused(tmp_path, size):
     shape = {"size": size, "counts": [PIXELS]}
-    data = changed("annotations", 1, "segmentation", shape)
-    refused(tmp_path / "a.json", data, "annotation 2 of image 7", "[24, 32]")
+    data = with_field("annotations", 1, "segmentation", shape)
+    assert_refused(tmp_path / "a.json", data, "annotation 2 of image 7", "[24, 32]")
 
 
 TEXT = json.dumps(content())
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, expected_words",
     [
-        ("", "ends too early"),
-        ("[]", "'{' expected"),
-        ("7", "'{' expected"),
-        ('"a"', "'{' expected"),
+        ("", "unexpected end"),
+        ("[]", "expected '{'"),
+        ("7", "expected '{'"),
+        ('"a"', "expected '{'"),
         ("\0", "'\\x00'"),
         ("{}", "no 'images'"),
-        (TEXT[:-1], "ends too early"),
+        (TEXT[:-1], "unexpected end"),
         (TEXT + "x", "end of the file"),
         (TEXT * 2, "end of the file"),
         (TEXT[:-1] + ', "images": []}', "'images' appears twice"),
         (TEXT[:-1] + ",}", "comma"),
-        (TEXT[:-1] + ", 1: 2}", "key is expected"),
+        (TEXT[:-1] + ", 1: 2}", "expected a key"),
         (TEXT.replace('"annotations"', '"notes"'), "no 'annotations'"),
         (TEXT.replace('"annotations": [', '"annotations": [7, '), "7 is not an object"),
         (TEXT.replace('"images": [', '"images": [null, '), "None is not an object"),
@@ -238,16 +243,16 @@ TEXT = json.dumps(content())
         (TEXT.replace('"segmentation": []', '"segmentation": ' + '{"a":' * 100000), "nested too deeply"),
         (TEXT.replace("2017", "[" * 100000 + "]" * 100000), "nested too deeply"),
         (TEXT.replace("7.jpg", "\xff.jpg").encode("latin-1"), "not UTF-8"),
-        (TEXT.encode("utf-16"), "'{' expected"),
+        (TEXT.encode("utf-16"), "expected '{'"),
         (TEXT.replace('"7.jpg"', '"7.jpg'), "a.json"),
         (TEXT.replace("18,", "1 8,"), "',' delimiter at byte"),
     ],
 )
-def test_wrong_structure(tmp_path, text, words):
-    refused(tmp_path / "a.json", text if isinstance(text, bytes) else text.encode(), words)
+def test_invalid_json_structure_is_refused(tmp_path, text, expected_words):
+    assert_refused(tmp_path / "a.json", text if isinstance(text, bytes) else text.encode(), expected_words)
 
 
-def test_no_file_and_a_file_that_changes(tmp_path):
+def test_missing_and_changed_files_are_reported(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(UserError, match="cannot read"):
             CocoFile(str(path))
@@ -260,43 +265,45 @@ def test_no_file_and_a_file_that_changes(tmp_path):
         file.annotations(7)
 
 
-def test_more_objects_than_an_instance_map_can_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_json, "_INSTANCES", 3)
+def test_too_many_objects_for_an_instance_map_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_json, "_MAX_INSTANCES", 3)
     assert paint(write(tmp_path / "a.json", content()))
-    with pytest.raises(UserError, match="a.json: image 7 has 4 annotations, an instance map can number 3"):
+    with pytest.raises(UserError, match="a.json: image 7 has 4 annotations, but an instance map can hold only 3"):
         paint(tmp_path / "a.json", "instances")
 
 
 @pytest.mark.parametrize("reach", [0, 40, 400, 3000])
-def test_clipped_outlines_are_those_of_pycocotools(reach):
-    draw = np.random.default_rng(reach)
+def test_clipped_polygons_equal_those_of_pycocotools(reach):
+    rng = np.random.default_rng(reach)
     for i in range(400):
-        size = tuple(map(int, draw.integers(1, 60, 2)))
-        points = draw.uniform(-reach, 60 + reach, (int(draw.integers(3, 12)), 2)).round((0, 1, 15)[i % 3])
+        size = tuple(map(int, rng.integers(1, 60, 2)))
+        points = rng.uniform(-reach, 60 + reach, (int(rng.integers(3, 12)), 2)).round((0, 1, 15)[i % 3])
         if i % 4 == 0:  # edges along the axes
             points[1::2, 0], points[::2, 1] = points[::2, 0][: len(points) // 2], points[0, 1]
         expected = rle.frPyObjects([points.ravel().tolist()], *size)[0]
         assert clipped_region(points, size) == expected == shape_region([points.ravel().tolist()], size)
 
 
-@pytest.mark.parametrize("far", [2e5, 3e7, 1e9])
-def test_far_coordinates_give_the_right_mask(far):
-    """Diagonals through the image's corner, a band, everything, nothing."""
+@pytest.mark.parametrize("distance", [2e5, 3e7, 1e9])
+def test_coordinates_far_outside_the_image_give_the_correct_mask(distance):
+    """Covers diagonals through a corner of the image, a band, the whole image, and nothing."""
 
     def pixels(*polygon):
         return rle.decode(shape_region([list(polygon)], (64, 64)))
 
-    assert (pixels(0, 0, far, 0, far, far) == pixels(0, 0, 500, 0, 500, 500)).all()
-    assert (pixels(0, 0, far, far, 0, far) == pixels(0, 0, 500, 500, 0, 500)).all()
-    assert (pixels(-far, 10, far, 10, far, 20, -far, 20) == pixels(0, 10, 64, 10, 64, 20, 0, 20)).all()
-    assert pixels(-far, -far, far, -far, far, far, -far, far).all()
-    assert not pixels(-far, -far, -far, far, -1, far, -1, -far).any()
+    assert (pixels(0, 0, distance, 0, distance, distance) == pixels(0, 0, 500, 0, 500, 500)).all()
+    assert (pixels(0, 0, distance, distance, 0, distance) == pixels(0, 0, 500, 500, 0, 500)).all()
+    assert (
+        pixels(-distance, 10, distance, 10, distance, 20, -distance, 20) == pixels(0, 10, 64, 10, 64, 20, 0, 20)
+    ).all()
+    assert pixels(-distance, -distance, distance, -distance, distance, distance, -distance, distance).all()
+    assert not pixels(-distance, -distance, -distance, distance, -1, distance, -1, -distance).any()
 
 
-def test_compressed_counts_are_those_of_pycocotools():
-    draw = np.random.default_rng(0)
+def test_compressed_counts_are_decoded_like_pycocotools():
+    rng = np.random.default_rng(0)
     for _ in range(100):
-        mask = draw.random(draw.integers(1, 400, 2)) < draw.choice([0.001, 0.5, 0.999])
+        mask = rng.random(rng.integers(1, 400, 2)) < rng.choice([0.001, 0.5, 0.999])
         packed = rle.encode(np.asfortranarray(mask, np.uint8))
         flat = mask.ravel(order="F")
         ends = np.flatnonzero(np.diff(np.concatenate([[False], flat]))).tolist()
@@ -307,8 +314,8 @@ def test_compressed_counts_are_those_of_pycocotools():
 
 
 @pytest.mark.parametrize("shape", [MISSING, None, [], {}, [[]], [[1, 2, 3, 4]]])
-def test_a_box_without_an_outline_is_ignored(tmp_path, shape):
-    data = changed("annotations", 3, "segmentation", shape)
+def test_boxes_without_a_segmentation_get_the_ignore_label(tmp_path, shape):
+    data = with_field("annotations", 3, "segmentation", shape)
     data["annotations"] = [{**data["annotations"][3], "bbox": [15.5, 1, 100, 3]}, data["annotations"][0]]
     label, numbers = paint(write(tmp_path / "a.json", data), "instances")[7]
     expected = np.zeros(SIZE, np.uint8)
@@ -316,7 +323,7 @@ def test_a_box_without_an_outline_is_ignored(tmp_path, shape):
     expected[2:18, 2:22], expected[:3, :3] = 2, 2
     assert (label == expected).all() and ((numbers > 0) == (expected == 2)).all()
     file = CocoFile(str(tmp_path / "a.json"))
-    assert not file.problems and "1 annotations have a box and no outline (annotation ids 4)" in file.notes[0]
+    assert not file.problems and "1 annotations have a box but no segmentation (annotation ids 4)" in file.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -336,12 +343,12 @@ def test_a_box_without_an_outline_is_ignored(tmp_path, shape):
         [1, 2, 1e300, 4],
     ],
 )
-def test_neither_an_outline_nor_a_box(tmp_path, bbox):
-    refused(tmp_path / "a.json", changed("annotations", 3, "bbox", bbox), "annotation 4 of image 7", "'bbox'")
+def test_annotations_with_neither_segmentation_nor_box_are_refused(tmp_path, bbox):
+    assert_refused(tmp_path / "a.json", with_field("annotations", 3, "bbox", bbox), "annotation 4 of image 7", "'bbox'")
     assert not CocoFile(str(tmp_path / "a.json")).notes
 
 
-def test_the_report_counts_boxes_and_annotations_of_other_images(run, data_root, tmp_path):
+def test_the_report_counts_boxes_and_stray_annotations(run, data_root, tmp_path):
     miniatures.coco(tmp_path / "coco")
     path = tmp_path / "coco/annotations/instances_train2017.json"
     data = json.loads(path.read_text())
@@ -349,7 +356,7 @@ def test_the_report_counts_boxes_and_annotations_of_other_images(run, data_root,
     data["annotations"] += [{**extra, "id": 50 + i, "image_id": i} for i in (25, 1000, 1001, 1001)]
     path.write_text(json.dumps(data))
     (tmp_path / "classes.txt").write_text("background\ndog\nperson\ncup\n")
-    own = (
+    folder_argv = (
         "prepare_folder",
         "--images",
         tmp_path / "coco/train2017",
@@ -358,22 +365,22 @@ def test_the_report_counts_boxes_and_annotations_of_other_images(run, data_root,
         "--coco",
         path,
     )
-    for argv in (own, ("prepare_coco", "--root", tmp_path / "coco", "--partial")):
+    for argv in (folder_argv, ("prepare_coco", "--root", tmp_path / "coco", "--partial")):
         result = run(*argv, "--workers", 1)
-        assert result.status == 1 and "1 annotations have a box and no outline (annotation ids 75)" in result.out
-        assert "3 annotations are of images that it does not list (image ids 1000, 1001)" in result.err
+        assert result.status == 1 and "1 annotations have a box but no segmentation (annotation ids 75)" in result.out
+        assert "3 annotations refer to images that the file does not list (image ids 1000, 1001)" in result.err
         assert result.err.count("error: ") == 1
     label = read_label(str(tmp_path / "coco/masks/000000000025.png"))
     assert (label[:4, 24:] == 255).all() and (label == 255).sum() == 32
 
 
-def test_one_wrong_annotation_leaves_out_its_image_only(run, data_root, tmp_path):
+def test_a_wrong_annotation_excludes_only_its_image(run, data_root, tmp_path):
     miniatures.coco(tmp_path / "coco")
     path = tmp_path / "coco/annotations/instances_train2017.json"
     path.write_text(path.read_text().replace("[480, 288]", "[480, 289]"))
     result = run("prepare_coco", "--root", tmp_path / "coco", "--partial", "--workers", 1)
     assert result.status == 1 and result.err.count("error: ") == 1 and "annotation 3 of image 9" in result.err
-    assert "coco_train: 3 images, 2 masks right" in result.out
+    assert "coco_train: 3 images, 2 valid masks" in result.out
 
 
 JUNK = (
@@ -429,54 +436,55 @@ JUNK = (
 BYTES = (b"", b"[", b"]", b"{", b"}", b'"', b",", b"\xff", b"9", b"\\", b"NaN")
 
 
-def places(tree):
-    """(container, key) of every value in a tree."""
+def tree_positions(tree):
+    """(container, key) of every value in a tree of lists and dicts."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield tree, key
-        yield from places(value)
+        yield from tree_positions(value)
 
 
-def mutated(draw, text):
-    """A json as bytes with one to three things wrong."""
+def mutate(rng, text):
+    """The JSON text as bytes, with one to three random mutations."""
     tree = json.loads(text)
-    for _ in range(draw.randint(1, 3)):
-        holder, key = draw.choice(list(places(tree)) or [({}, "")])
-        what = draw.random()
+    for _ in range(rng.randint(1, 3)):
+        holder, key = rng.choice(list(tree_positions(tree)) or [({}, "")])
+        what = rng.random()
         if what < 0.6:
-            holder[key] = copy.deepcopy(draw.choice(JUNK))
+            holder[key] = copy.deepcopy(rng.choice(JUNK))
         elif what < 0.75 and holder:
             del holder[key]
         elif what < 0.85 and isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(holder[draw.randrange(len(holder))]))
+            holder.insert(key, copy.deepcopy(holder[rng.randrange(len(holder))]))
         elif holder and isinstance(holder[key], str):
-            holder[key] = "".join(draw.choices([chr(c) for c in range(40, 120)], k=draw.randint(0, 9)))
+            holder[key] = "".join(rng.choices([chr(c) for c in range(40, 120)], k=rng.randint(0, 9)))
         elif holder and type(holder[key]) in (int, float):
-            holder[key] *= draw.choice((-1, 1.5, 2, 10**6, 2**32))
+            holder[key] *= rng.choice((-1, 1.5, 2, 10**6, 2**32))
     data = bytearray(json.dumps(tree).encode())
-    if draw.random() < 0.3:
-        for _ in range(draw.randint(1, 4)):
-            at = draw.randrange(len(data))
-            data[at : at + draw.randint(0, 2)] = draw.choice((*BYTES, bytes([draw.randrange(256)])))
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 2)] = rng.choice((*BYTES, bytes([rng.randrange(256)])))
     return bytes(data)
 
 
-def test_nothing_but_user_errors_escapes(tmp_path):
-    """HIERVL_FUZZ sets the number of inputs."""
-    draw, path, right = random.Random(0), tmp_path / "a.json", 0
+def test_random_mutations_raise_only_user_errors(tmp_path):
+    """The environment variable HIERVL_FUZZ sets the number of inputs."""
+    rng, path, num_painted = random.Random(0), tmp_path / "a.json", 0
     count = int(os.environ.get("HIERVL_FUZZ", 2000))
     for _ in range(count):
-        path.write_bytes(mutated(draw, TEXT))
+        path.write_bytes(mutate(rng, TEXT))
         try:
             for label, _ in paint(path, "instances").values():
                 assert label.shape == SIZE and set(np.unique(label).tolist()) <= {0, 1, 2, 255}
-            right += 1
+            num_painted += 1
         except UserError as error:
             assert len(str(error).splitlines()) == 1 and "a.json" in str(error)
-    assert 0.02 * count < right < 0.6 * count  # the mutations neither all miss nor all break the syntax
+    # Some mutations must have no effect, and others must be noticed.
+    assert 0.02 * count < num_painted < 0.6 * count
 
 
-KILLERS = {
+HOSTILE_SHAPES = {
     "3e7": "[[0, 0, 3e7, 0, 3e7, 3e7]]",
     "far and many": json.dumps([[1e9, 1, -1e9, 2] * 2000]),
     "long": json.dumps([[1e5, 1, -1e5, 2] * 2000]),
@@ -492,7 +500,7 @@ KILLERS = {
     "nested": "[" * 10**6,
     "box": '[], "bbox": [-1e9, -1e9, 1e9, 1e9]',
 }
-KILLED = """
+SUBPROCESS_SCRIPT = """
 import resource, sys
 sys.path.insert(0, {repository!r})
 from hiervl.data.prepare.coco_json import CocoFile, CocoMasks
@@ -508,12 +516,12 @@ for path in sys.argv[1:]:
 """
 
 
-def test_no_shape_kills_the_process(tmp_path):
+def test_hostile_shapes_do_not_kill_the_process(tmp_path):
     paths = []
-    for name, shape in KILLERS.items():
+    for name, shape in HOSTILE_SHAPES.items():
         text = TEXT.replace('"segmentation": []', f'"segmentation": {shape}')
         paths.append(write(tmp_path / f"{name}.json", text.encode()))
-    script = KILLED.format(repository=str(REPOSITORY), classes=CLASSES, size=SIZE)
+    script = SUBPROCESS_SCRIPT.format(repository=str(REPOSITORY), classes=CLASSES, size=SIZE)
     result = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["painted"] * 3 + ["refused"] * 10 + ["painted"]

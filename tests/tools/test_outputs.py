@@ -71,28 +71,28 @@ def test_overlays_onto_photos(show, refused, tmp_path):
     images = tmp_path / "images"
     for i in range(3):
         photo(images / f"{i}.jpg")
-    refused(("images/0.jpg is one of the files to read", "--output"), images, images / "*.jpg")
+    refused(("images/0.jpg is one of the input files", "--output"), images, images / "*.jpg")
     (tmp_path / "link").symlink_to(images)
-    refused(("link/0.jpg is one of the files to read", "--output"), tmp_path / "link", images / "*.jpg")
+    refused(("link/0.jpg is one of the input files", "--output"), tmp_path / "link", images / "*.jpg")
     (tmp_path / "out").mkdir()
     os.link(images / "1.jpg", tmp_path / "out/1.jpg")
-    refused(("out/1.jpg is one of the files to read",), tmp_path / "out", images / "*.jpg")
+    refused(("out/1.jpg is one of the input files",), tmp_path / "out", images / "*.jpg")
     (tmp_path / "out/1.jpg").unlink()
     before = tree(images)
     for _ in range(2):
         assert show(tmp_path / "out", images / "*.jpg")[0] == 0
     assert tree(images) == before and len(list((tmp_path / "out").glob("*.[jp]*g"))) == 6
-    refused(("out/0.jpg is one of the files to read",), tmp_path / "out", tmp_path / "out/0.jpg")
+    refused(("out/0.jpg is one of the input files",), tmp_path / "out", tmp_path / "out/0.jpg")
     (tmp_path / "out/2.jpg").unlink()
     (tmp_path / "out/2.jpg").symlink_to(photo(tmp_path / "album/9.jpg"))  # no input, and no less someone's photo
-    refused(("out/2.jpg is already there",), tmp_path / "out", images / "*.jpg")
+    refused(("out/2.jpg already exists",), tmp_path / "out", images / "*.jpg")
 
 
 @pytest.mark.parametrize("name", ["1.jpg", "1_labels.png"])
 def test_a_file_of_another_hand_in_the_output(refused, show, tmp_path, name):
     photo(tmp_path / "images/1.jpg")
     photo(tmp_path / "out" / name)
-    refused((f"out/{name} is already there", "--output"), tmp_path / "out", tmp_path / "images/1.jpg")
+    refused((f"out/{name} already exists", "--output"), tmp_path / "out", tmp_path / "images/1.jpg")
     (tmp_path / "out" / name).unlink()
     assert show(tmp_path / "out", tmp_path / "images/1.jpg")[0] == 0
 
@@ -104,7 +104,7 @@ def test_a_run_that_fails_claims_nothing(refused, show, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             show(tmp_path / "out", image)
     photo(tmp_path / "out/1.jpg")
-    refused(("out/1.jpg is already there",), tmp_path / "out", image)
+    refused(("out/1.jpg already exists",), tmp_path / "out", image)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_make_demo_leaves_other_runs_alone(tmp_path, monkeypatch, capsys):
     before = tree(tmp_path)
     assert run_demo.main(["--output", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "shapes is already there" in err and "--output" in err and tree(tmp_path) == before
+    assert "shapes already exists" in err and "--output" in err and tree(tmp_path) == before
     (tmp_path / "shapes/console.log").write_text("of an earlier version of this tool")
     run_demo.claim(str(tmp_path))
     (tmp_path / "shapes/console.log").unlink()
@@ -161,9 +161,9 @@ def test_a_checkpoint_converted_onto_another(tmp_path, capsys):
     (tmp_path / "link.pth").symlink_to(source)
     before = tree(tmp_path)
     for target, words in (
-        (source, "one of the files to read"),
-        (tmp_path / "link.pth", "one of the files to read"),
-        (other, "is already there"),
+        (source, "one of the input files"),
+        (tmp_path / "link.pth", "one of the input files"),
+        (other, "already exists"),
     ):
         assert convert_mask2former.main([str(source), str(target)]) == 2
         err = capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_results_of_another_hand(tmp_path):
     args = demo.parse_args(["--config-file", CONFIG, "--input", "x", "--output", str(tmp_path)])
     cfg, path = trained.read_config(CONFIG, []), tmp_path / "queries.json"
     path.write_text('{"mine": 1}')
-    with pytest.raises(UserError, match="queries.json is already there .* --output"):
+    with pytest.raises(UserError, match="queries.json already exists .* --output"):
         trained.output_folder(args, cfg, "queries.json")
     path.write_text(json.dumps(dict.fromkeys(("config", "weights", "model", "data set", "images"))))
     trained.output_folder(args, cfg, "queries.json")  # of an earlier version

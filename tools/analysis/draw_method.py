@@ -377,7 +377,7 @@ def run(args):
 def parse_args(argv=None):
     parser = trained.parser(__doc__)
     parser.add_argument(
-        "--image", type=int, default=0, help="index in the first data set of DATASETS.TEST (%(default)s)"
+        "--image", type=int, default=0, help="index in the first dataset of DATASETS.TEST (%(default)s)"
     )
     parser.add_argument("--unseen", default="", help="file with additional distractors for the relevance chart")
     parser.add_argument(

@@ -7,7 +7,7 @@ Evaluates the class probabilities and the pixel-text similarity (each pixel gets
 boundary IoU: with the network as it is, with its maps upsampled bilinearly instead of along the edges of the mask
 features, and without the feature exchange between pixels and queries. Nothing is retrained: the rows show how much the
 trained network relies on these parts, not how good a network trained without them would be. Evaluates whole images of
-the first data set of DATASETS.TEST.
+the first dataset of DATASETS.TEST.
 """
 
 import contextlib

@@ -6,7 +6,7 @@
 First adds distractors (words that are no class: MODEL.TEXT.DISTRACTORS, seen in training, and --unseen) to the class
 list, and measures which names HSQG selects and what the added words cost. Then replaces the class names by synonyms
 (--synonyms), and permutes them. No weight changes in the process, which is checked. Prints tables and writes
-language.json to --output. Evaluates whole images of the first data set of DATASETS.TEST.
+language.json to --output. Evaluates whole images of the first dataset of DATASETS.TEST.
 """
 
 import random
@@ -224,7 +224,7 @@ def read_synonyms(path: str, class_names: list) -> dict:
         unknown = [name for name in words if name not in class_names]
         if unknown:
             raise UserError(
-                f"{path}: {unknown[0]!r} in list {title!r} is not a class of this data set; its classes are "
+                f"{path}: {unknown[0]!r} in list {title!r} is not a class of this dataset; its classes are "
                 f"{', '.join(class_names)}."
             )
     return {str(title): [str(words.get(name, name)) for name in class_names] for title, words in content.items()}

@@ -6,8 +6,8 @@
 A query is used in an image if its probability of "no object" is below 0.5 and its mask is not empty. It is a duplicate
 if a more confident used query of the same class has nearly the same mask (IoU of at least --overlap). A true object is
 found if the mask of a used query reaches an IoU of 0.5 with it; this is counted for queries of the same class, and of
-any class. For data sets without instance maps, the regions of the classes are the objects. Evaluates whole images of
-the first data set of DATASETS.TEST.
+any class. For datasets without instance maps, the regions of the classes are the objects. Evaluates whole images of
+the first dataset of DATASETS.TEST.
 """
 
 import sys

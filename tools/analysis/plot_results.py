@@ -48,15 +48,15 @@ class Curve:
     marker: str
 
 
-def read_run(folder: str, metric: str = "mIoU", model: str = "teacher", data_set: str = "") -> tuple[str, dict]:
+def read_run(folder: str, metric: str = "mIoU", model: str = "teacher", dataset: str = "") -> tuple[str, dict]:
     """Read the evaluations of one run.
 
     Args:
         folder: the run's OUTPUT_DIR.
-        data_set: which of DATASETS.TEST; empty: the first one in the log.
+        dataset: which of DATASETS.TEST; empty: the first one in the log.
 
     Returns:
-        The data set's name, and {iteration: value}, where the iteration counts from 1. Where a resumed run logged an
+        The dataset's name, and {iteration: value}, where the iteration counts from 1. Where a resumed run logged an
         iteration twice, the later value stands.
 
     Raises:
@@ -70,11 +70,11 @@ def read_run(folder: str, metric: str = "mIoU", model: str = "teacher", data_set
             if match := pattern.fullmatch(key):
                 seen.append(match[1])
                 values.setdefault(match[1], {})[entry["iteration"] + 1] = value
-    name = data_set or (seen[0] if seen else "")
+    name = dataset or (seen[0] if seen else "")
     if name not in values:
         wanted = f"{name or 'DATA_SET'}/{model}/{metric}"
         raise UserError(
-            f"{path}: has no {wanted}; check --model, --metric and --data-set, or evaluate more often "
+            f"{path}: has no {wanted}; check --model, --metric and --dataset, or evaluate more often "
             "(TEST.EVAL_PERIOD)."
         )
     curve = values[name]
@@ -103,12 +103,12 @@ def _read_lines(path):
     return entries
 
 
-def _last_result(folder, data_set, model, metric):
+def _last_result(folder, dataset, model, metric):
     """(iteration, value) of the last evaluation in results.json, None without one."""
     try:
         with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
             last = json.load(file)["last"]
-        return last["iteration"], last[data_set][model][metric]
+        return last["iteration"], last[dataset][model][metric]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -255,15 +255,15 @@ def mean_difference(row: dict) -> float:
     return row.get("mean", float(np.mean(differences(row))))
 
 
-def run_curves(folders: list, metric: str, model: str, data_set: str) -> Figure:
+def run_curves(folders: list, metric: str, model: str, dataset: str) -> Figure:
     """One curve per run.
 
     Raises:
-        UserError: a run has no such evaluation, or was evaluated on another data set than the first.
+        UserError: a run has no such evaluation, or was evaluated on another dataset than the first.
     """
     curves, names = [], []
     for place, (folder, label) in enumerate(zip(folders, run_labels(folders))):
-        name, points = read_run(folder, metric, model, data_set)
+        name, points = read_run(folder, metric, model, dataset)
         names.append(name)
         curves.append(
             Curve(
@@ -272,7 +272,7 @@ def run_curves(folders: list, metric: str, model: str, data_set: str) -> Figure:
         )
     if len(set(names)) > 1:
         raise UserError(
-            f"--runs: evaluated on different data sets ({', '.join(dict.fromkeys(names))}); choose one with --data-set."
+            f"--runs: evaluated on different datasets ({', '.join(dict.fromkeys(names))}); choose one with --dataset."
         )
     margin = 0.6 + 0.08 * max(len(curve.label) + 5 for curve in curves)  # inches for the names at the right
     width, height = 6 + margin, max(4, 0.2 * len(curves) + 1.5)
@@ -327,7 +327,7 @@ def run(args):
         path = args.out or "curves.png"
         if not path.lower().endswith(".png"):
             raise UserError(f"--out {path}: must end in .png.")
-        figures = {path: run_curves(args.runs, args.metric, args.model, args.data_set)}
+        figures = {path: run_curves(args.runs, args.metric, args.model, args.dataset)}
         sources = [os.path.join(folder, name) for folder in args.runs for name in ("metrics.json", "results.json")]
     else:
         sources = [DOCS / "results" / "learning_curves.json", DOCS / "results" / "ablation.json"]
@@ -348,7 +348,8 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="with --runs: the PNG to write (curves.png); else a folder (docs/figures)")
     parser.add_argument("--model", choices=("teacher", "student"), default="teacher", help="%(default)s")
     parser.add_argument("--metric", default="mIoU", help="such as mIoU, ECE or IoU-car (%(default)s)")
-    parser.add_argument("--data-set", default="", help="such as camvid_val (the first one in the log)")
+    parser.add_argument("--dataset", default="", help="such as camvid_val (the first one in the log)")
+    parser.add_argument("--data-set", dest="dataset", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # former name
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """`make demo`: what unlabeled images are worth, in minutes and without a download.
 
-Generates the data set `shapes`, trains the same network twice at equal student iterations (labeled images only;
+Generates the dataset `shapes`, trains the same network twice at equal student iterations (labeled images only;
 labeled and unlabeled), compares both on held-out images, and draws overlays. Writes output/demo/result.json.
 """
 

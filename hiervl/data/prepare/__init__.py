@@ -1,1 +1,1 @@
-"""Brings downloaded data sets into the layout that HierVL reads; the scripts are datasets/prepare_*.py."""
+"""Converts downloaded datasets to the layout that HierVL reads. The scripts are datasets/prepare_*.py."""

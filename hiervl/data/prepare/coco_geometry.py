@@ -1,6 +1,7 @@
-"""Shapes of COCO annotations, checked before pycocotools sees them: its C code trusts whatever it is given.
+"""Converts the shapes of COCO annotations to run-length encodings, after validation.
 
-Every function raises ValueError with the reason when a shape cannot be used.
+pycocotools does not validate its inputs: its C code can crash or exhaust the memory on malformed shapes. Every
+function here raises ValueError with the reason if a shape cannot be used.
 """
 
 import re
@@ -9,25 +10,25 @@ import reprlib
 import numpy as np
 from pycocotools import mask as rle
 
-LIMIT = 1e9  # of a coordinate, in pixels; float64 is exact for all that follows from it
-# pycocotools takes 80 bytes per pixel of an outline, inside the image or not; what goes beyond is painted here.
-_REACH, _LENGTH = 1e5, 1e6  # pixels
-_NUMBERS = {int, float}  # exact types: a boolean is no number
+LIMIT = 1e9  # largest coordinate in pixels; float64 represents everything computed from it exactly
+# pycocotools needs 80 bytes per pixel of an outline, even outside the image. Larger polygons go to clipped_region.
+_MAX_COORDINATE, _MAX_LENGTH = 1e5, 1e6  # pixels
+_NUMBER_TYPES = {int, float}  # exact types, because bool is a subclass of int
 
 
 def is_empty(shape: object) -> bool:
-    """Whether a segmentation encloses nothing: null, empty, or polygons of fewer than three points."""
+    """Whether a segmentation has no area: null, empty, or only polygons with fewer than three points."""
     if isinstance(shape, list):
         return all(isinstance(polygon, list) and len(polygon) < 6 for polygon in shape)
     return shape is None or shape == {}
 
 
 def is_box(box: object) -> bool:
-    """Whether this is [x, y, width, height] in finite numbers, with an area."""
+    """Whether this is [x, y, width, height] with valid coordinates and a positive area."""
     return (
         isinstance(box, list)
         and len(box) == 4
-        and set(map(type, box)) <= _NUMBERS
+        and set(map(type, box)) <= _NUMBER_TYPES
         and all(abs(number) <= LIMIT for number in box)
         and box[2] > 0
         and box[3] > 0
@@ -35,7 +36,7 @@ def is_box(box: object) -> bool:
 
 
 def box_region(box: list, size: tuple[int, int]) -> dict:
-    """Run lengths of the pixels (H, W) that a box touches."""
+    """Run-length encoding of the pixels that a box touches, in an image of size (H, W)."""
     x, y, width, height = map(float, box)
     mask = np.zeros(size, np.uint8, order="F")
     top, left = (max(int(np.floor(start)), 0) for start in (y, x))
@@ -45,42 +46,46 @@ def box_region(box: list, size: tuple[int, int]) -> dict:
 
 
 def shape_region(shape: object, size: tuple[int, int]) -> dict:
-    """Run lengths, in an image of ``size`` (H, W), of a segmentation: polygons, or run lengths of either form."""
+    """Run-length encoding of a segmentation in an image of size (H, W).
+
+    Args:
+        shape: a list of polygons, or a run-length encoding, compressed or not.
+    """
     if isinstance(shape, list):
-        return rle.merge([_polygon_region(points, size) for points in map(_points, shape) if len(points) >= 3])
+        return rle.merge([_polygon_region(points, size) for points in map(_parse_polygon, shape) if len(points) >= 3])
     if not isinstance(shape, dict):
-        raise ValueError(f"{reprlib.repr(shape)} is neither polygons nor run lengths")
+        raise ValueError(f"{reprlib.repr(shape)} is neither a list of polygons nor a run-length encoding")
     return _run_length_region(shape, size)
 
 
-def _points(polygon: object) -> np.ndarray:
-    """float64 (N, 2) of [x0, y0, x1, y1, ...]."""
-    if not isinstance(polygon, list) or not set(map(type, polygon)) <= _NUMBERS:
+def _parse_polygon(polygon: object) -> np.ndarray:
+    """Converts [x0, y0, x1, y1, ...] to float64 (N, 2)."""
+    if not isinstance(polygon, list) or not set(map(type, polygon)) <= _NUMBER_TYPES:
         raise ValueError(f"the polygon {reprlib.repr(polygon)} is not a list of numbers")
     if len(polygon) % 2:
         raise ValueError(f"a polygon has {len(polygon)} coordinates, which is not an even number")
-    wrong = next((number for number in polygon if not abs(number) <= LIMIT), None)
-    if wrong is not None:
-        raise ValueError(f"the coordinate {reprlib.repr(wrong)} is not a number between -{LIMIT:g} and {LIMIT:g}")
+    invalid = next((number for number in polygon if not abs(number) <= LIMIT), None)
+    if invalid is not None:
+        raise ValueError(f"the coordinate {reprlib.repr(invalid)} is not a number between -{LIMIT:g} and {LIMIT:g}")
     return np.array(polygon, np.float64).reshape(-1, 2)
 
 
 def _polygon_region(points: np.ndarray, size: tuple[int, int]) -> dict:
-    """Run lengths of a polygon (N, 2)."""
+    """Run-length encoding of a polygon (N, 2)."""
     length = np.abs(points - np.roll(points, -1, axis=0)).max(axis=1).sum()
-    if length <= _LENGTH and np.abs(points).max() <= _REACH:
+    if length <= _MAX_LENGTH and np.abs(points).max() <= _MAX_COORDINATE:
         return rle.frPyObjects([points.ravel().tolist()], *size)[0]
     return clipped_region(points, size)
 
 
 def clipped_region(points: np.ndarray, size: tuple[int, int]) -> dict:
-    """Run lengths of a polygon (N, 2) of any extent, in memory for the image alone.
+    """Run-length encoding of a polygon (N, 2) of any extent; memory depends on the image size only.
 
-    The rule is that of pycocotools, so that the pixels are too: corners are rounded to fifths of a pixel, and an
-    edge begins or ends the inside of column x where it steps between the fifths 5x + 2 and 5x + 3.
+    Gives the same pixels as pycocotools by following its rule: corners are rounded to fifths of a pixel, and an
+    edge enters or leaves the polygon in column x where it steps between the fifths 5x + 2 and 5x + 3.
     """
     corners = np.trunc(5 * points + 0.5)
-    toggles = np.zeros(size[0] * size[1] + 1, np.uint8)  # down the columns; the last one is behind the image
+    toggles = np.zeros(size[0] * size[1] + 1, np.uint8)  # column-major, with one extra element after the last pixel
     for start, end in zip(corners, np.roll(corners, -1, axis=0)):
         np.add.at(toggles, _crossings(start, end, size), 1)
     inside = np.bitwise_xor.accumulate(toggles[:-1] & 1)
@@ -88,10 +93,14 @@ def clipped_region(points: np.ndarray, size: tuple[int, int]) -> dict:
 
 
 def _crossings(start: np.ndarray, end: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where an edge between two points (x, y), in fifths of a pixel, crosses the columns of an image (H, W).
+    """Where an edge crosses the columns of an image.
+
+    Args:
+        start, end: the edge's ends (x, y), in fifths of a pixel.
+        size: (H, W) of the image.
 
     Returns:
-        int64 (N,): places down the columns, one per column that is crossed.
+        int64 (N,): column-major pixel indices, one for each column that is crossed.
     """
     height, width = size
     dx, dy = np.abs(end - start)
@@ -112,43 +121,54 @@ def _crossings(start: np.ndarray, end: np.ndarray, size: tuple[int, int]) -> np.
 
 
 def _last_step(x: float, slope: float, fifths: np.ndarray) -> np.ndarray:
-    """Steps (N,) down a steep edge that begins at x, the last before it goes over from a fifth (N,) or to it."""
+    """The last step down a steep edge before it crosses the right border of each fifth.
 
-    def before(steps):
+    Args:
+        x: where the edge begins.
+        slope: change of x per step.
+        fifths: (N,), in fifths of a pixel.
+
+    Returns:
+        (N,): numbers of steps.
+    """
+
+    def is_before_crossing(steps):
         reached = np.trunc(x + slope * steps + 0.5)
         return reached <= fifths if slope > 0 else reached > fifths
 
-    guess = np.floor((fifths + 0.5 - x) / slope)  # by one at most wrong
-    steps = guess - 1
-    for step in (guess, guess + 1):
-        steps = np.where(before(step), step, steps)
+    estimate = np.floor((fifths + 0.5 - x) / slope)  # off by at most one
+    steps = estimate - 1
+    for step in (estimate, estimate + 1):
+        steps = np.where(is_before_crossing(step), step, steps)
     return steps
 
 
 def _run_length_region(shape: dict, size: tuple[int, int]) -> dict:
-    said, counts = shape.get("size"), shape.get("counts")
-    if not isinstance(said, list) or set(map(type, said)) != {int} or tuple(said) != size:
-        raise ValueError(f"its size is {reprlib.repr(said)}, that of the image {list(size)}")
+    """Validates a run-length encoding, compressed or not, and compresses it."""
+    rle_size, counts = shape.get("size"), shape.get("counts")
+    if not isinstance(rle_size, list) or set(map(type, rle_size)) != {int} or tuple(rle_size) != size:
+        raise ValueError(f"its size is {reprlib.repr(rle_size)}, but that of the image is {list(size)}")
     if isinstance(counts, str):
         counts = unpack_counts(counts)
     if not isinstance(counts, list) or not set(map(type, counts)) <= {int}:
         raise ValueError(f"its counts {reprlib.repr(counts)} are neither a list of integers nor a string")
     if min(counts, default=0) < 0:
-        raise ValueError(f"its counts have the negative number {reprlib.repr(min(counts))}")
-    if sum(counts) != size[0] * size[1]:
-        raise ValueError(f"its counts add up to {reprlib.repr(sum(counts))}, the image has {size[0] * size[1]} pixels")
-    return rle.frPyObjects({"size": said, "counts": counts}, *size)
+        raise ValueError(f"its counts contain the negative number {reprlib.repr(min(counts))}")
+    pixels = size[0] * size[1]
+    if sum(counts) != pixels:
+        raise ValueError(f"its counts add up to {reprlib.repr(sum(counts))}, but the image has {pixels} pixels")
+    return rle.frPyObjects({"size": rle_size, "counts": counts}, *size)
 
 
 def unpack_counts(text: str) -> list[int]:
-    """The counts of a compressed string.
+    """Decodes the counts of a compressed string.
 
-    A character holds 5 bits of a number, the lowest first, and a sixth that says whether more follow; the last bit
-    is the sign. From the fourth on, a number is the difference from the count two before it.
+    Each character holds 5 bits of a number, lowest bits first, and a sixth bit that is set if more follow. The
+    highest bit of a number is its sign. From the fourth number on, it is the difference from the count two before it.
     """
-    strange = re.search("[^0-o]", text)
-    if strange:
-        raise ValueError(f"its counts have the character {strange[0]!r}, which compressed counts never have")
+    invalid = re.search("[^0-o]", text)
+    if invalid:
+        raise ValueError(f"its counts contain the character {invalid[0]!r}, which compressed counts cannot have")
     counts, value, bits = [], 0, 0
     for code in text.encode():
         code -= 48
@@ -163,5 +183,5 @@ def unpack_counts(text: str) -> list[int]:
         counts.append(value + counts[-2] if len(counts) > 2 else value)
         value = bits = 0
     if bits:
-        raise ValueError("its counts end within a number")
+        raise ValueError("its counts end in the middle of a number")
     return counts

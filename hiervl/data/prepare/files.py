@@ -1,4 +1,4 @@
-"""Files that are whole or absent: masks, lists, downloads."""
+"""Reads and writes the files of a prepared dataset: masks, lists, downloads."""
 
 import contextlib
 import io
@@ -9,43 +9,43 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ...utils.files import replace_file
 
-PARTIAL = ".tmp"
+PARTIAL = ".tmp"  # a fixed suffix, so that what a killed process leaves can be found and removed
 
 
 class WriteError(UserError):
-    """A file cannot be written: no use in going on with the next one."""
+    """A file cannot be written. Ends the run, because the next file would most likely fail too."""
 
 
 def write_whole(path: str, content: bytes) -> None:
-    """Writes a file such that it is there as a whole or not at all; makes its folder.
+    """Writes a file as a whole or not at all; creates its folder.
 
-    No fsync, unlike checkpoints: a rerun decodes every mask anyway, and 10^5 of them would take hours.
+    The file is not forced to disk, unlike checkpoints: that would take hours for 10^5 masks, and a rerun validates
+    every mask anyway.
 
     Raises:
-        WriteError: no space, no permission. Nothing is left behind.
+        WriteError: the file cannot be written (no space, no permission). No partial file is left.
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + PARTIAL, "wb") as file:
+        with replace_file(path, temporary=path + PARTIAL, sync=False) as file:
             file.write(content)
-        os.replace(path + PARTIAL, path)
     except OSError as error:
-        remove_partial(path)
         raise WriteError(
-            f"cannot write {path} ({error.strerror or error}); make room, or choose another folder, and run again: "
-            "it goes on with what is missing"
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another folder, and run "
+            "again (finished files are kept)"
         ) from None
 
 
 def remove_partial(path: str) -> None:
-    """Removes what a killed process was writing."""
+    """Removes the partial file that a killed process was writing."""
     with contextlib.suppress(OSError):
         os.remove(path + PARTIAL)
 
 
 def write_label(path: str, label: np.ndarray, palette: bytes | None = None) -> None:
-    """Writes (H, W) ids as PNG: uint8 with the colors of ``palette``, uint16 (instance maps) in gray."""
+    """Writes ids (H, W) as a PNG: uint8 indexed with the colors of ``palette``, uint16 (instance maps) as grayscale."""
     image = Image.fromarray(label)
     if palette is not None:
         image = image.convert("P") if image.mode != "L" else _indexed(label)
@@ -56,7 +56,7 @@ def write_label(path: str, label: np.ndarray, palette: bytes | None = None) -> N
 
 
 def palette_of(colors: Iterable[tuple[int, int, int]], ignore_label: int) -> bytes:
-    """256 x (R, G, B) of an indexed PNG; ids without a class are white where ignored, else black."""
+    """The palette of an indexed PNG, 256 x (R, G, B); ignored pixels are white, ids without a class black."""
     palette = np.zeros((256, 3), np.uint8)
     colors = list(colors)[:256]
     palette[: len(colors)] = colors
@@ -66,7 +66,7 @@ def palette_of(colors: Iterable[tuple[int, int, int]], ignore_label: int) -> byt
 
 
 def list_line(image: str, mask: str = "") -> str:
-    """A line of a list; names with spaces are separated by a tab."""
+    """A line of a list; if a name has spaces, the names are separated by a tab."""
     if any(c.isspace() for c in image + mask):
         return f"{image}\t{mask}"
     return f"{image} {mask}" if mask else image
@@ -78,10 +78,10 @@ def write_lines(path: str, lines: Iterable[str]) -> None:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file, without empty ones.
+    """The non-empty lines of a UTF-8 text file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read or is not UTF-8.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -93,5 +93,5 @@ def read_lines(path: str) -> list[str]:
 
 
 def _indexed(label: np.ndarray) -> Image.Image:
-    """An indexed image whose indices are ``label`` itself (convert("P") would quantize)."""
+    """An indexed image whose indices are the ids (H, W); ``convert("P")`` would quantize them."""
     return Image.frombytes("P", (label.shape[1], label.shape[0]), np.ascontiguousarray(label).tobytes())

@@ -1,4 +1,4 @@
-"""A user's own folder: images, masks in one of three forms or a COCO json, class names, unlabeled images."""
+"""A user's own images, labeled by index masks, color-coded masks or a COCO annotation file, and unlabeled images."""
 
 import argparse
 import os
@@ -20,37 +20,39 @@ from .files import list_line, read_lines, write_lines, write_whole
 from .masks import Job
 
 _IGNORED = 255
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _SPLIT = "splits/all"
 _HEADER = "# Made by datasets/prepare_folder.py.\n"
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Labeled images to train on, then unlabeled ones; images to validate on, given or drawn by seed."""
-    classes, palette = read_classes(args.classes), read_palette(args.palette) if args.palette else None
+    """Plans the training part (labeled images, then unlabeled ones) and the validation part (given or sampled)."""
+    classes = read_classes(args.classes)
+    palette = read_palette(args.palette) if args.palette else None
     if (TABLES / f"{args.name}.yaml").exists():
-        raise UserError(f"--name {args.name} is the name of a data set that HierVL knows; choose another")
+        raise UserError(f"--name {args.name} is the name of a built-in dataset; choose another")
     root = args.root or os.path.join(data_root(), args.name)
     coco = [CocoFile(path) for path in (args.coco, args.val_coco) if path]
     if coco:
-        # Without a class of that name, what is no object is not known to be anything.
+        # Without a class called "background", pixels outside all objects have no known class and are ignored.
         background = classes.index("background") if "background" in classes else _IGNORED
         make = CocoMasks(coco, classes, _IGNORED, background)
     else:
         make = ColorMasks(palette, classes) if palette else read_indexed
-    labeled, more, problems = _pair(args.images, args.masks, args, root, coco[:1], 0)
-    val, without, val_problems = _pair(args.val_images, args.val_masks, args, root, coco[1:], 1)
-    problems += [*val_problems, *(f"{job.image} has no mask, so it cannot be evaluated on" for job in without)]
+    labeled, unlabeled, problems = _pair(args.images, args.masks, args, root, coco[:1], 0)
+    val, val_unlabeled, val_problems = _pair(args.val_images, args.val_masks, args, root, coco[1:], 1)
+    problems += val_problems
+    problems += [f"{job.image} has no mask; add one, or remove the image from --val-images" for job in val_unlabeled]
     if not args.val_images:
-        labeled, val = _draw_val(labeled, args.val_share, args.seed)
+        labeled, val = _sample_val(labeled, args.val_share, args.seed)
     if args.unlabeled:
-        taken = {os.path.realpath(job.image) for job in [*labeled, *val, *more]}
-        more += [Job(path) for path in _images(args.unlabeled) if os.path.realpath(path) not in taken]
+        used = {os.path.realpath(job.image) for job in [*labeled, *val, *unlabeled]}
+        unlabeled += [Job(path) for path in _list_images(args.unlabeled) if os.path.realpath(path) not in used]
     problems += [problem for file in coco for problem in file.problems]
     notes = tuple(note for file in coco for note in file.notes)
-    problems += _twice([*labeled, *more], val)
-    table = _table(args.name, root, classes, palette, bool(coco))
-    parts = {f"{args.name}_train": labeled + more, f"{args.name}_val": val}
+    problems += _find_overlap([*labeled, *unlabeled], val)
+    table = _make_table(args.name, root, classes, palette, bool(coco))
+    parts = {f"{args.name}_train": labeled + unlabeled, f"{args.name}_val": val}
     return Plan(
         table,
         root,
@@ -68,31 +70,31 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def finish(plan: Plan) -> str:
-    """Writes the table and the split; returns how to train with them."""
+    """Writes dataset.yaml and the split; returns instructions for training on them."""
     _write_table(plan)
     return _write_split(plan)
 
 
 def read_classes(path: str) -> list[str]:
-    """Class names, one per line, in the order of their ids.
+    """Reads class names, one per line, in the order of their ids.
 
     Raises:
-        UserError: none, one of them twice, or more than 8 bits can number.
+        UserError: the list is empty, has a duplicate, or has more names than 8-bit masks can represent.
     """
     names = [line.strip() for line in read_lines(path)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{path}: the class '{twice}' appears twice; remove one of the two")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(f"{path}: the class '{duplicate}' appears twice; remove one of the two")
     if not 0 < len(names) <= _IGNORED:
-        raise UserError(f"{path} has {len(names)} class names; 1 to {_IGNORED} are possible, one per line")
+        raise UserError(f"{path} has {len(names)} class names; provide 1 to {_IGNORED}, one per line")
     return names
 
 
 def read_palette(path: str) -> dict[tuple[int, int, int], str]:
-    """{(R, G, B): class name, or "ignore"} from lines "R G B name".
+    """Reads {(R, G, B): class name, or "ignore"} from lines "R G B name".
 
     Raises:
-        UserError: a line of another form, a color twice.
+        UserError: a line cannot be parsed, or a color appears twice.
     """
     palette = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -107,45 +109,48 @@ def read_palette(path: str) -> dict[tuple[int, int, int], str]:
 
 
 def read_indexed(job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
-    """Maker: a PNG of 8 bits whose values are class ids, 255 for ignored."""
+    """Maker for 8-bit PNGs whose values are class ids, with 255 for ignored pixels."""
     label = read_label(job.source)
     if label.dtype != np.uint8:
-        raise UserError(f"mask {job.source} has more than 8 bits per pixel; save the class ids with 8 bits")
+        raise UserError(f"mask {job.source} has more than 8 bits per pixel; save it with 8 bits per pixel")
     return label, None
 
 
 class ColorMasks:
-    """Maker: a PNG whose colors stand for classes.
+    """Maker for PNGs whose colors encode classes.
 
     Args:
         palette: {(R, G, B): class name or "ignore"}.
-        classes: the class names, in the order of their ids.
+        classes: class names in the order of their ids.
+
+    Raises:
+        UserError: the palette has a name that is not a class.
     """
 
     def __init__(self, palette: dict[tuple[int, int, int], str], classes: Sequence[str]) -> None:
         ids = {**{name: i for i, name in enumerate(classes)}, "ignore": _IGNORED}
-        strange = next((name for name in palette.values() if name not in ids), None)
-        if strange is not None:
-            raise UserError(f"palette: '{strange}' is not in the class list; correct one of the two, or call it ignore")
+        unknown = next((name for name in palette.values() if name not in ids), None)
+        if unknown is not None:
+            raise UserError(f"palette: '{unknown}' is not in the class list; correct one of the two, or call it ignore")
         pairs = sorted((r << 16 | g << 8 | b, ids[name]) for (r, g, b), name in palette.items())
         self._codes, self._ids = np.array(pairs, np.int32).T
 
     def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
         colors = _read_colors(job.source).astype(np.int32)
         codes = colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = self._codes[place] != codes
+        index = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)  # (H, W)
+        unknown = self._codes[index] != codes
         if unknown.any():
             color = tuple(int(c) for c in colors[unknown][0])
             raise UserError(
-                f"mask {job.source} has the color {color} ({int(unknown.sum())} pixels are of no color "
-                "of the palette); add it to the palette (masks saved as JPEG cannot be used)"
+                f"mask {job.source} has the color {color} ({int(unknown.sum())} pixels have colors that are not "
+                "in the palette); add it to the palette (masks saved as JPEG cannot be used)"
             )
-        return self._ids[place].astype(np.uint8), None
+        return self._ids[index].astype(np.uint8), None
 
 
 def _read_colors(path: str) -> np.ndarray:
-    """uint8 (H, W, 3) of a color-coded mask; an indexed one through its palette."""
+    """Reads a color-coded mask, RGB or indexed with a palette, as uint8 (H, W, 3)."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "P"):
@@ -154,117 +159,130 @@ def _read_colors(path: str) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"cannot decode {path} ({error}); replace it") from None
+        raise UserError(f"cannot decode {path} ({error}); replace the file") from None
 
 
 def _pair(
     images: str | None, masks: str | None, args: argparse.Namespace, root: str, coco: Sequence[CocoFile], number: int
 ) -> tuple[list[Job], list[Job], list[str]]:
-    """(jobs with a mask, jobs without, problems) of a folder of images."""
+    """Pairs the images of a folder with their labels.
+
+    Args:
+        images: the folder; None if the user gave none.
+        masks: the folder of the masks, unless there is a COCO file.
+        coco: the annotation file, as a list of at most one.
+        number: 0 for training, 1 for validation.
+
+    Returns:
+        jobs of labeled images, jobs of unlabeled images, problems.
+    """
     if not images:
         return [], [], []
     part = "val" if number else "train"
-    found = {relative(path, images): path for path in _images(images)}
+    image_paths = {relative(path, images): path for path in _list_images(images)}
     if coco:
         sources = {name: (coco[0].path, (number, i)) for i, (name, *_) in coco[0].images.items()}
     else:
-        need_folder(masks, f"{'--val-masks' if number else '--masks'} names the folder of the masks")
-        sources = {name: (path, None) for name in found if (path := _mask_of(name, masks, args.mask_suffix))}
+        need_folder(masks, f"{'--val-masks' if number else '--masks'} must name the folder of masks")
+        sources = {name: (path, None) for name in image_paths if (path := _find_mask(name, masks, args.mask_suffix))}
     labeled, unlabeled = [], []
-    for name, path in found.items():
+    for name, path in image_paths.items():
         if name not in sources:
             unlabeled.append(Job(path))
             continue
         source, key = sources[name]
         mask = os.path.join(root, "masks", part, os.path.splitext(name)[0] + ".png")
         job = Job(path, mask, source, key)
-        labeled.append(replace(job, instances=_instances(job.mask)) if coco else job)
-    problems = (
-        [
-            f"{os.path.join(images, name)} does not exist, though {coco[0].path} names it"
-            for name in sources.keys() - found.keys()
+        labeled.append(replace(job, instances=_instance_map_path(job.mask)) if coco else job)
+    if coco:
+        problems = [
+            f"{os.path.join(images, name)} does not exist, but {coco[0].path} lists it"
+            for name in sources.keys() - image_paths.keys()
         ]
-        if coco
-        else _orphans(masks, sources)
-    )
+    else:
+        problems = _find_orphans(masks, sources)
     return labeled, unlabeled, sorted(problems)
 
 
-def _mask_of(name: str, masks: str, suffix: str) -> str:
-    """The mask of an image: the same name and folder, with the suffix, as PNG; "" if there is none."""
+def _find_mask(name: str, masks: str, suffix: str) -> str:
+    """Path of an image's mask: same subfolder and name plus the suffix, as PNG; "" if it does not exist."""
     path = os.path.join(masks, f"{os.path.splitext(name)[0]}{suffix}.png")
     return path if os.path.exists(path) else ""
 
 
-def _orphans(masks: str, sources: dict) -> list[str]:
+def _find_orphans(masks: str, sources: dict) -> list[str]:
+    """One problem for each mask without an image."""
     used = {os.path.normpath(path) for path, _ in sources.values()}
     return [
-        f"mask {path} belongs to no image: it needs the image's name (and --mask-suffix) and to be a PNG"
-        for path in _images(masks)
+        f"mask {path} belongs to no image; it must be a PNG named like its image (plus --mask-suffix)"
+        for path in _list_images(masks)
         if os.path.normpath(path) not in used
     ]
 
 
-def _images(folder: str) -> list[str]:
-    """Every image file under a folder, sorted."""
-    need_folder(folder, "it should hold images")
-    found = [
+def _list_images(folder: str) -> list[str]:
+    """All image files in a folder and its subfolders, sorted."""
+    need_folder(folder, "it should contain images")
+    paths = [
         os.path.join(base, name)
         for base, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if name.lower().endswith(_IMAGES) and not name.startswith(".")
+        if name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")
     ]
-    if not found:
-        raise UserError(f"{folder} holds no image ({', '.join(_IMAGES)})")
-    return sorted(found)
+    if not paths:
+        raise UserError(f"{folder} contains no images ({', '.join(_IMAGE_SUFFIXES)})")
+    return sorted(paths)
 
 
-def _draw_val(labeled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
+def _sample_val(labeled: list[Job], share: float, seed: int) -> tuple[list[Job], list[Job]]:
+    """Splits labeled jobs into (training, validation) at random."""
     if len(labeled) < 2:
         raise UserError(
-            f"{len(labeled)} images have a mask; at least 2 are needed, one to train and one to validate on"
+            f"{len(labeled)} images have a mask; at least 2 are needed, one for training and one for validation"
         )
     count = min(max(1, round(share * len(labeled))), len(labeled) - 1)
     val = set(random.Random(seed).sample(range(len(labeled)), count))
     return ([job for i, job in enumerate(labeled) if i not in val], [job for i, job in enumerate(labeled) if i in val])
 
 
-def _twice(train: list[Job], val: list[Job]) -> list[str]:
-    seen = {os.path.realpath(job.image) for job in train}
+def _find_overlap(train: list[Job], val: list[Job]) -> list[str]:
+    """One problem for each image that is in both parts."""
+    train_paths = {os.path.realpath(job.image) for job in train}
     return [
-        f"{job.image} is in the training images and in the ones to validate on; remove it from one of the two"
+        f"{job.image} is both a training and a validation image; remove it from one of the two"
         for job in val
-        if os.path.realpath(job.image) in seen
+        if os.path.realpath(job.image) in train_paths
     ]
 
 
-def _table(name: str, root: str, classes: list[str], palette: dict | None, instances: bool) -> DatasetTable:
-    first = {}  # a class's color is the first that the palette has for it
-    for color, owner in (palette or {}).items():
-        first.setdefault(owner, color)
+def _make_table(name: str, root: str, classes: list[str], palette: dict | None, instances: bool) -> DatasetTable:
+    class_colors = {}  # if the palette has several colors for a class, the first one counts
+    for color, class_name in (palette or {}).items():
+        class_colors.setdefault(class_name, color)
     return DatasetTable(
         name=name,
         folder=os.path.basename(os.path.abspath(root)),
         ignore_label=_IGNORED,
         parts={f"{name}_train": {"list": "train.txt"}, f"{name}_val": {"list": "val.txt"}},
         classes=tuple(classes),
-        colors=tuple(first.get(c, _bit_color(i + 1)) for i, c in enumerate(classes)),
+        colors=tuple(class_colors.get(c, _bit_color(i + 1)) for i, c in enumerate(classes)),
         things=tuple(name for name in classes if name != "background") if instances else (),
         paths=MaskPaths((), ("masks/", "instances/") if instances else ()),
     )
 
 
-def _instances(mask: str) -> str:
+def _instance_map_path(mask: str) -> str:
     folder, _, name = mask.rpartition("masks" + os.sep)
     return f"{folder}instances{os.sep}{name}"
 
 
 def _bit_color(i: int) -> tuple[int, int, int]:
-    """Color i of Pascal VOC's rule: bits 0, 3, 6 of i are the highest of red, 1, 4, 7 of green, 2, 5 of blue."""
+    """Color i of Pascal VOC's colormap: bits 0, 3, 6 of i are red's highest bits, 1, 4, 7 green's, 2, 5 blue's."""
     return tuple(sum((i >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3))
 
 
 def _has_our_table(root: str) -> bool:
+    """Whether the folder has a dataset.yaml that prepare_folder.py wrote."""
     try:
         with open(os.path.join(root, OWN_TABLE), encoding="utf-8") as file:
             return file.readline() == _HEADER
@@ -286,21 +304,23 @@ def _write_table(plan: Plan) -> None:
 
 
 def _write_split(plan: Plan) -> str:
-    """Everything with a mask is labeled, the rest is not. Returns how to train with it."""
+    """Writes the split: images with a mask are labeled, the others unlabeled. Returns instructions for training."""
     pairs = list(PackedIndex.from_list_file(os.path.join(plan.root, "train.txt"), plan.root).all_names())
     folder = os.path.join(plan.root, _SPLIT)
     counts = {}
     for kind, labeled in (("labeled", True), ("unlabeled", False)):
-        lines, path = [list_line(*pair) for pair in pairs if bool(pair[1]) == labeled], f"{folder}/{kind}.txt"
+        lines = [list_line(*pair) for pair in pairs if bool(pair[1]) == labeled]
+        path = f"{folder}/{kind}.txt"
         counts[kind] = len(lines)
         if lines:
             write_lines(path, lines)
         elif os.path.exists(path):
             os.remove(path)
     name, parent = plan.table.name, os.path.dirname(os.path.abspath(plan.root))
-    where = "" if os.path.realpath(parent) == os.path.realpath(data_root()) else f"DETECTRON2_DATASETS={parent} and "
+    in_data_root = os.path.realpath(parent) == os.path.realpath(data_root())
+    environment = "" if in_data_root else f"DETECTRON2_DATASETS={parent} and "
     return (
         f"{counts['labeled']} labeled and {counts['unlabeled']} unlabeled images; to train on them:\n"
-        f"  {where}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
+        f"  {environment}DATASETS.TRAIN \"('{name}_train',)\" DATASETS.TEST \"('{name}_val',)\" DATASETS.SPLIT_ROOT '' "
         f"DATASETS.SPLIT {plan.table.folder}/{_SPLIT}"
     )

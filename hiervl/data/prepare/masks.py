@@ -1,4 +1,4 @@
-"""One image of a data set: looked at, its mask made or found, and counted. The same for every data set."""
+"""Processes one image of a dataset: validates it, makes its mask unless a valid one exists, and counts its pixels."""
 
 import os
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from .files import WriteError, write_label
 
 @dataclass(frozen=True)
 class Job:
-    """An image and what is to be made for it.
+    """An image and the files to make for it.
 
     Attributes:
-        image: its path.
-        mask: the path of the mask to make; "" for an unlabeled image, which is only looked at.
-        source: the file that the mask is made from; a mask older than it is made again. "": made from what never
-            changes.
-        key: what else the maker has to know.
-        instances: the path of the instance map to make; "" for none.
+        image: path of the image.
+        mask: path of the mask to make; "" for an unlabeled image, which is only validated.
+        source: file that the mask is made from; a mask older than it is made again. "" if there is no such file, or
+            it never changes.
+        key: further information for the maker.
+        instances: path of the instance map to make; "" for none.
     """
 
     image: str
@@ -34,7 +34,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: ``counts`` (256,) pixels per id; ``problem`` and ``note`` are lines, or ""."""
+    """Result of a job.
+
+    Attributes:
+        counts: int64 (256,), number of pixels per id.
+        made: whether the mask was made, rather than found.
+        problem, note: one line, or "".
+    """
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     made: bool = False
@@ -48,13 +54,15 @@ Maker = Callable[[Job, tuple[int, int]], tuple[np.ndarray, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class MaskTask:
-    """``task(job)`` -> Outcome. A mask that is there and right is counted, any other is made (resumable).
+    """Callable that processes a job: ``task(job)`` returns an :class:`Outcome`.
+
+    Valid masks are kept, so that an interrupted preparation can be continued.
 
     Attributes:
-        make: of this data set.
-        num_classes, ignore_label: which ids are right.
-        palette: colors of the PNGs.
-        check: make nothing; what is missing or wrong is a problem.
+        make: the dataset's maker.
+        num_classes, ignore_label: the valid ids are 0 to num_classes - 1, and ignore_label.
+        palette: colors of the PNGs, 256 x (R, G, B).
+        check: make nothing; report missing and wrong masks as problems.
     """
 
     make: Maker
@@ -80,10 +88,10 @@ class MaskTask:
             return Outcome(problem=str(error))
 
     def objection(self, job: Job) -> str:
-        """Why the mask that is there would be made again; "" if it is left alone."""
+        """Why an existing mask would be overwritten; "" if it would be kept."""
         try:
             size, _ = inspect_image(job.image)
-        except UserError as error:  # then no mask is made either, unless the image itself comes from elsewhere
+        except UserError as error:  # without an image no mask is made, unless the image is yet to be written
             return "" if os.path.exists(job.image) else str(error)
         try:
             replace(self, check=True)._find(job, size)
@@ -92,13 +100,13 @@ class MaskTask:
             return str(error)
 
     def _find(self, job: Job, size: tuple[int, int]) -> np.ndarray | None:
-        """The mask that is there already; None if it has to be made."""
+        """The existing mask, uint8 (H, W); None if it has to be made."""
         try:
             _check_age(job)
             label = read_label(job.mask)
             check_label(label, job.mask, job.image, size, self.num_classes, self.ignore_label)
             if job.instances and image_size(job.instances) != size:
-                raise UserError(f"{job.instances} has another size than its image")
+                raise UserError(f"{job.instances} differs in size from its image")
             return label
         except UserError:
             if self.check:
@@ -115,11 +123,11 @@ class MaskTask:
 
 
 class Remap:
-    """Maker that reads an indexed mask and replaces its ids by a table.
+    """Maker that reads an indexed mask and maps its ids.
 
     Args:
         table: {id in the source: id in the mask}; any other id is an error.
-        what: of which ids these are, for that error.
+        what: describes the valid source ids in error messages, such as "the ids 0 to 150 of ADE20K's masks".
     """
 
     def __init__(self, table: dict[int, int], what: str) -> None:
@@ -129,15 +137,16 @@ class Remap:
 
     def __call__(self, job: Job, size: tuple[int, int]) -> tuple[np.ndarray, None]:
         label = read_label(job.source)
-        stray = label > 255 if label.dtype != np.uint8 else self._lut[label] < 0
-        if stray.any():
+        invalid = label > 255 if label.dtype != np.uint8 else self._lut[label] < 0
+        if invalid.any():
             raise UserError(
-                f"{job.source} has the id {label[stray][0]}, which is none of {self._what}; replace the file"
+                f"{job.source} has the id {label[invalid][0]}, which is not one of {self._what}; replace the file"
             )
         return self._lut[label].astype(np.uint8), None
 
 
 def _check_age(job: Job) -> None:
+    """Raises UserError if a file to make is missing, or older than its source."""
     for path in filter(None, (job.mask, job.instances)):
         if not os.path.exists(path):
             raise UserError(f"{path} is missing; run without --check to make it")

@@ -1,4 +1,4 @@
-"""The same work for many items on all cores, in order, with a progress bar."""
+"""Maps a function over many items with several processes, in order, with a progress bar."""
 
 import multiprocessing
 import os
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from ...errors import UserError
 
 _CHUNK = 8  # items sent to a worker at a time
-_work: Callable | None = None  # of this worker process
+_work: Callable | None = None  # the function of this worker process
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -23,9 +23,10 @@ def parallel(work: Callable, items: Sequence, workers: int, title: str) -> Itera
     """Yields ``work(item)`` for every item, in order.
 
     Args:
-        work: picklable; sent to each worker once.
-        workers: processes; 1: do it here.
-        title: of the progress bar, which is drawn on terminals only.
+        work: picklable function; sent to each worker once.
+        items: picklable, unless ``workers`` is 1.
+        workers: number of processes; with 1, the work is done in this process.
+        title: of the progress bar, which is shown on terminals only.
 
     Raises:
         UserError: a worker was killed; or whatever ``work`` raises.
@@ -40,15 +41,15 @@ def _results(work, items, workers):
     if workers <= 1:
         yield from map(work, items)
         return
-    # Forked workers share what is already in memory; where there is no fork, `work` is pickled to them.
+    # Forked workers share the memory of this process; on systems without fork, `work` is pickled.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _set_work, (work,)) as pool:
         try:
             yield from pool.map(_do, items, chunksize=_CHUNK)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed; if memory ran out, run again with fewer --workers: it goes "
-                "on with what is missing"
+                "a worker process was killed; if memory ran out, run again with fewer --workers (finished files "
+                "are kept)"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

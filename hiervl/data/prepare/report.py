@@ -1,4 +1,4 @@
-"""What a preparation found: counts against the expected ones, ids, pixels, and everything that is wrong, by name."""
+"""The report of a preparation: number of images against the official one, pixels per class, problems by file name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,19 +9,23 @@ from tabulate import tabulate
 from ..datasets import DatasetTable
 from .masks import Job, Outcome
 
-_SHOWN = 20  # notes of one kind; problems are all shown
+_MAX_NOTES = 20  # further notes are only counted; problems are all shown
 
 
 @dataclass
 class PartReport:
-    """Of one part.
+    """Report on one part of a dataset.
 
     Attributes:
-        counts: (256,) pixels per id.
-        images, masks, made: images looked at; masks that are right; of these, made just now.
-        seconds: how long it took, with so many ``workers``.
-        expected: the official number of images, None if there is none.
-        problems, notes: lines.
+        name: of the part, such as ``coco_train``.
+        expected: official number of images; None if there is no such number.
+        workers: number of processes.
+        counts: (256,) number of pixels per id.
+        images: number of images inspected.
+        masks: number of valid masks.
+        made: number of masks that this run made.
+        seconds: duration.
+        problems, notes: one line each.
     """
 
     name: str
@@ -49,26 +53,32 @@ class PartReport:
         expected = "" if self.expected is None else f" ({self.expected} expected)"
         rate = f"{self.images / self.seconds:.0f} images/s" if self.seconds > 0 else ""
         return (
-            f"{self.name}: {self.images} images{expected}, {self.masks} masks right, {self.made} of them made now, "
+            f"{self.name}: {self.images} images{expected}, {self.masks} valid masks, {self.made} of them new, "
             f"{len(self.problems)} problems; {self.seconds:.1f} s, {rate}, {self.workers} processes"
         )
 
 
 def describe(table: DatasetTable, parts: Sequence[PartReport], remarks: Sequence[str] = ()) -> str:
-    """The final report as text, with ``remarks`` on the whole; problems are left out, they go to the error stream."""
+    """The final report as text. Problems are not included, because they go to stderr.
+
+    Args:
+        table: of the dataset.
+        parts: one report per part.
+        remarks: notes on the dataset as a whole.
+    """
     lines = [part.headline() for part in parts]
     labeled = [part for part in parts if part.counts.any()]
     if labeled:
-        lines += ["", _pixels(table, labeled), *_unseen(table, labeled)]
+        lines += ["", _pixel_table(table, labeled), *_absent_classes(table, labeled)]
     lines += [f"note: {remark}" for remark in remarks]
     notes = [note for part in parts for note in part.notes]
-    lines += [f"note: {note}" for note in notes[:_SHOWN]]
-    if len(notes) > _SHOWN:
-        lines.append(f"note: and {len(notes) - _SHOWN} more of this kind")
+    lines += [f"note: {note}" for note in notes[:_MAX_NOTES]]
+    if len(notes) > _MAX_NOTES:
+        lines.append(f"note: and {len(notes) - _MAX_NOTES} more")
     return "\n".join(lines)
 
 
-def _pixels(table: DatasetTable, parts: Sequence[PartReport]) -> str:
+def _pixel_table(table: DatasetTable, parts: Sequence[PartReport]) -> str:
     headers = ["id", "class"]
     for part in parts:
         headers += [f"{part.name}: pixels", "%"]
@@ -83,10 +93,10 @@ def _pixels(table: DatasetTable, parts: Sequence[PartReport]) -> str:
     return tabulate(rows, headers, floatfmt=".2f")
 
 
-def _unseen(table: DatasetTable, parts: Sequence[PartReport]) -> list[str]:
+def _absent_classes(table: DatasetTable, parts: Sequence[PartReport]) -> list[str]:
     lines = []
     for part in parts:
-        unseen = [f"{i} {name}" for i, name in enumerate(table.classes) if not part.counts[i]]
-        if unseen:
-            lines.append(f"{part.name}: no pixel of {', '.join(unseen)}")
+        absent = [f"{i} {name}" for i, name in enumerate(table.classes) if not part.counts[i]]
+        if absent:
+            lines.append(f"{part.name}: no pixels of {', '.join(absent)}")
     return lines

@@ -3,7 +3,7 @@
 A file (.npz) holds `names` (M,) and `embeddings` (M, Dt). Optional arrays are:
 
     texts (M,): the words that were embedded, if they are not the names ("sidewalk" for "pavement").
-    class_index (M,): for files with several texts per class, each row's position in the data set's list of classes.
+    class_index (M,): for files with several texts per class, each row's position in the dataset's list of classes.
     model: the name of the model that computed the embeddings.
 """
 
@@ -38,8 +38,8 @@ class EmbeddingTable:
     The files are searched in order, in each file first `names`, then `texts`.
 
     Args:
-        path: the data set's embeddings file.
-        class_names: the data set's classes, to which `class_index` refers.
+        path: the dataset's embeddings file.
+        class_names: the dataset's classes, to which `class_index` refers.
         extra: more files with embeddings of other words, made by the same model.
         definitions: {class name: its texts}; takes precedence over `class_index`.
     Raises:
@@ -122,8 +122,8 @@ def _definitions_from_index(file, class_names):
     index = file.class_index
     if set(index.tolist()) != set(range(len(class_names))):
         raise UserError(
-            f"{file.path}: class_index refers to {len(set(index.tolist()))} classes, but the data set has "
-            f"{len(class_names)}; use the file made for this data set."
+            f"{file.path}: class_index refers to {len(set(index.tolist()))} classes, but the dataset has "
+            f"{len(class_names)}; use the file made for this dataset."
         )
     return {name: [file.names[row] for row in np.flatnonzero(index == k)] for k, name in enumerate(class_names)}
 

@@ -61,7 +61,7 @@ def test_the_state_dict_does_not_depend_on_the_number_of_classes():
 
 def test_a_checkpoint_of_another_width_is_refused(tmp_path):
     torch.save(ClassText(unit_vectors(3, 8)).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w.pth: mean has shape \(8,\), this config needs \(16,\)"):
+    with pytest.raises(UserError, match=r"w.pth: mean has shape \(8,\), but this config needs \(16,\)"):
         load_network(ClassText(unit_vectors(3, 16)), str(tmp_path / "w.pth"))
 
 

@@ -54,7 +54,7 @@ def test_with_a_sentence_model(tool, names, tmp_path, monkeypatch):
         assert data["embeddings"].dtype == np.float16
         lengths = [len("a photo of a sidewalk"), len("a photo of a car")]
         assert np.array_equal(data["embeddings"], np.eye(4)[[length % 4 for length in lengths]])
-    with pytest.raises(SystemExit, match="has 8 tokens, the model reads 6"):
+    with pytest.raises(SystemExit, match="has 8 tokens, but the model reads 6"):
         long = "a very very very long sentence with {}"
         tool.main(["--model", "m", "--names", names, "--out", out, "--template", long])
 
@@ -65,10 +65,10 @@ def test_the_names_file_and_files_not_created_by_this_tool_are_not_overwritten(t
     np.savez(user_file, mine=np.zeros(3))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for out, words in (
-        (source, "one of the files to read"),
-        (tmp_path / "names", "one of the files to read"),
-        (user_file, "is already there"),
-        (tmp_path / "mine", "is already there"),
+        (source, "one of the input files"),
+        (tmp_path / "names", "one of the input files"),
+        (user_file, "already exists"),
+        (tmp_path / "mine", "already exists"),
     ):
         with pytest.raises(SystemExit, match=f"{out.name}.* {words}.* --out"):
             tool.main(["--tower", "none", "--names", str(source), "--out", str(out)])

@@ -58,7 +58,7 @@ def test_invalid_embeddings_are_refused(tmp_path, names, rows, message):
 
 def test_a_class_index_with_another_number_of_classes_is_refused(tmp_path):
     path = write_embeddings(tmp_path / "e.npz", ["a", "b"], np.eye(2), class_index=np.array([0, 1]))
-    with pytest.raises(UserError, match="class_index refers to 2 classes, but the data set has 3"):
+    with pytest.raises(UserError, match="class_index refers to 2 classes, but the dataset has 3"):
         EmbeddingTable(path, ["a", "b", "c"])
 
 

@@ -1,4 +1,4 @@
-"""Used queries, duplicates and found objects counted by hand; and the command on a data set with instances."""
+"""Used queries, duplicates and found objects counted by hand; and the command on a dataset with instances."""
 
 import json
 

@@ -9,7 +9,7 @@ from hiervl.errors import UserError
 from tools.analysis import plot_results as tool
 
 
-def make_run(folder, evaluations, last=None, data_set="camvid_val"):
+def make_run(folder, evaluations, last=None, dataset="camvid_val"):
     """A run's folder: `evaluations` as (iteration in the log, teacher's mIoU), with training lines between them."""
     folder.mkdir(parents=True)
     lines = [json.dumps({"iteration": 19, "total_loss": 3.0})]
@@ -17,16 +17,16 @@ def make_run(folder, evaluations, last=None, data_set="camvid_val"):
         lines.append(
             json.dumps(
                 {
-                    f"{data_set}/teacher/mIoU": value,
-                    f"{data_set}/teacher/mIoU_all": 1.0,
-                    f"{data_set}/student/mIoU": value - 1,
+                    f"{dataset}/teacher/mIoU": value,
+                    f"{dataset}/teacher/mIoU_all": 1.0,
+                    f"{dataset}/student/mIoU": value - 1,
                     "iteration": iteration,
                 }
             )
         )
     (folder / "metrics.json").write_text("\n".join(lines) + "\n")
     if last:
-        entry = {"iteration": last[0], data_set: {"teacher": {"mIoU": last[1]}}}
+        entry = {"iteration": last[0], dataset: {"teacher": {"mIoU": last[1]}}}
         (folder / "results.json").write_text(json.dumps({"last": entry, "best": entry}))
     return str(folder)
 
@@ -97,9 +97,9 @@ def test_own_runs(tmp_path, capsys):
     out.write_bytes(b"someone's own")
     assert tool.main(["--runs", *runs, "--out", str(out)]) == 2
     assert "was not made by this tool" in capsys.readouterr().err and out.read_bytes() == b"someone's own"
-    runs.append(make_run(tmp_path / "c", [(499, 42.0)], data_set="shapes_val"))
+    runs.append(make_run(tmp_path / "c", [(499, 42.0)], dataset="shapes_val"))
     assert tool.main(["--runs", *runs, "--out", str(tmp_path / "d.png")]) == 2
-    assert "different data sets (camvid_val, shapes_val)" in capsys.readouterr().err
+    assert "different datasets (camvid_val, shapes_val)" in capsys.readouterr().err
 
 
 def test_figures_of_the_documentation(tmp_path):
