@@ -238,11 +238,17 @@ def _check_not_evaluated(labeled: PackedIndex, cfg) -> None:
 
 
 def _train_loader_from_config(cfg) -> dict:
-    return {"batches": SemiSupervisedBatches(cfg), "num_workers": cfg.DATALOADER.NUM_WORKERS}
+    return {
+        "batches": SemiSupervisedBatches(cfg),
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda"),
+    }
 
 
 @configurable(from_config=_train_loader_from_config)
-def build_train_loader(batches: SemiSupervisedBatches, *, start_iter: int = 0, num_workers: int = 0) -> DataLoader:
+def build_train_loader(
+    batches: SemiSupervisedBatches, *, start_iter: int = 0, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
     """Builds a loader that yields ``batches[start_iter]``, ``batches[start_iter + 1]``, ... up to the last item.
 
     Call it as ``build_train_loader(cfg, start_iter=i)`` or with explicit arguments.
@@ -251,8 +257,9 @@ def build_train_loader(batches: SemiSupervisedBatches, *, start_iter: int = 0, n
         batches: the items to load.
         start_iter: first item, > 0 when a run is resumed.
         num_workers: worker processes; 0 loads in this process.
+        pin_memory: put batches into memory from which a GPU copies while the host goes on.
     """
-    return _loader(batches, range(start_iter, len(batches)), num_workers, batch_size=None)
+    return _loader(batches, range(start_iter, len(batches)), num_workers, batch_size=None, pin_memory=pin_memory)
 
 
 class MappedIndex(Dataset):
@@ -300,7 +307,9 @@ def build_test_loader(
     return _loader(MappedIndex(index, mapper), share, num_workers, batch_size=1)
 
 
-def _loader(dataset: Dataset, sampler: range, num_workers: int, batch_size: int | None) -> DataLoader:
+def _loader(
+    dataset: Dataset, sampler: range, num_workers: int, batch_size: int | None, pin_memory: bool = False
+) -> DataLoader:
     if num_workers:
         _raise_file_limit()
     return _Loader(
@@ -308,6 +317,7 @@ def _loader(dataset: Dataset, sampler: range, num_workers: int, batch_size: int 
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         collate_fn=_as_is,
         worker_init_fn=_init_worker,

@@ -3,6 +3,7 @@ images at once: one cost tensor per image, one transfer to the host."""
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -77,7 +78,7 @@ class HungarianMatcher:
             shapes.append(cost.shape)
         host = torch.cat(costs).cpu().split([c.numel() for c in costs])
         pairs = [
-            [(layer, b, q, s) for layer, matrix in enumerate(cost.view(shape)) for q, s in _assign(matrix)]
+            [(layer, b, q, s) for layer, matrix in enumerate(cost.numpy().reshape(shape)) for q, s in _assign(matrix)]
             for b, (cost, shape) in enumerate(zip(host, shapes))
         ]
         table = torch.tensor(sum(pairs, []), dtype=torch.long).view(-1, 4)
@@ -93,7 +94,7 @@ class HungarianMatcher:
 
 
 def _assign(cost):
-    """(N, M) -> list of (query, segment) of least total cost, without the pairs of non-finite cost."""
-    finite = torch.isfinite(cost)
-    queries, segments = linear_sum_assignment(torch.where(finite, cost, _NEVER).numpy())
+    """Array (N, M) -> list of (query, segment) of least total cost, without the pairs of non-finite cost."""
+    finite = np.isfinite(cost)
+    queries, segments = linear_sum_assignment(np.where(finite, cost, _NEVER))
     return [(q, s) for q, s in zip(queries.tolist(), segments.tolist()) if finite[q, s]]

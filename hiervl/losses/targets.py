@@ -128,7 +128,7 @@ def build_targets(
     valid = weight > 0
     present = torch.zeros(batch, num_classes, dtype=torch.long, device=sem_seg.device)
     present = present.scatter_reduce_(1, sem_seg.flatten(1), valid.flatten(1).long(), "amax").bool()
-    on_host = present.cpu()
+    on_host = present.cpu().numpy()
     if segments == "class_regions":
         segment_map, labels = _class_regions(sem_seg, valid, present, on_host)
     elif segments == "components":
@@ -150,7 +150,7 @@ def _class_regions(sem_seg, valid, present, on_host):
     """One segment per class that has a valid pixel. on_host: a copy of `present` (B, K)."""
     index = present.cumsum(1) - 1  # (B, K)
     segments = index.gather(1, sem_seg.flatten(1)).view_as(sem_seg)
-    labels = to_device(on_host.nonzero()[:, 1], sem_seg.device).split(on_host.sum(1).tolist())
+    labels = to_device(torch.from_numpy(on_host.nonzero()[1]), sem_seg.device).split(on_host.sum(1).tolist())
     return torch.where(valid, segments, -1), list(labels)
 
 

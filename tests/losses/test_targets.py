@@ -149,12 +149,12 @@ def test_an_image_without_a_valid_pixel_has_no_segment(segments):
 
 
 def test_the_host_waits_no_more_often_for_more_images():
-    """Besides, it reads the number of segments of each image, all in one."""
+    """It reads the classes and the number of segments of all images at once."""
     for batch in (1, 5):
         sem_seg, weight, numbers = make_maps(batch, 4, 3)
         with Waits() as waits:
             build_targets(sem_seg, weight, 4, segments="components")
-        assert waits.seen == ["nonzero", "equal"]
+        assert waits.seen == ["cpu", "nonzero", "equal", "tolist"]
         with Waits() as waits:
             build_targets(sem_seg, weight, 4, segments="instances", instances=numbers, things=(1,))
-        assert waits.seen == ["_unique2"]
+        assert waits.seen == ["cpu", "_unique2", "tolist"]

@@ -11,6 +11,7 @@ from hiervl.losses import points as points_module
 from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
 
 from tests.networks import flatten_losses, training_input
+from tests.waits import Waits
 
 
 def train(cfg, iterations=None, resume=False):
@@ -342,3 +343,29 @@ def test_float16_skips_a_step_that_overflows_and_goes_on_after_a_resume(make_cfg
     assert_identical({name: value for name, value in weights(resumed).items()}, before)
     line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-2])
     assert line["skipped_steps"] == trainer.precision.skipped and line["loss_scale"] == scaler.get_scale()
+
+
+ALL_FILTERS = ("adaptive", "text_agreement", "relevance", "region", "boundary", "image_average", "confidence")
+
+
+@pytest.mark.parametrize(
+    "segments, matching, most",
+    [("class_regions", "fixed", 9), ("components", "hungarian", 20)],
+)
+def test_a_step_makes_the_host_wait_a_handful_of_times(make_cfg, segments, matching, most):
+    """Per kind of image: which classes there are, how large the components, and the costs of the matching. Besides: the
+    components of the region filter, and whether the gradient is finite."""
+    options = ["MODEL.CRITERION.SEGMENTS", segments, "MODEL.CRITERION.SEMANTIC_MATCHING", matching]
+    options += ["SEMI.BURN_IN", 0, "SEMI.FILTERS", ALL_FILTERS, "SOLVER.MAX_ITER", 3, "SOLVER.LOG_PERIOD", 50]
+    trainer, counted = SemiSupervisedTrainer(make_cfg(*options)), []
+    plain = trainer.run_step
+
+    def run_step():
+        with Waits() as waits:
+            trainer._hooks[0].before_step()  # the pseudo-labels
+            plain()
+        counted.append(waits.places)
+
+    trainer.run_step = run_step
+    trainer.train()
+    assert len(counted) == 3 and 3 <= max(len(seen) for seen in counted[:2]) <= most, "\n".join(counted[0])
