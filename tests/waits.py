@@ -8,8 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations that make the host wait for a GPU (`seen`), and where each was called (`places`): those whose
-    result's size or value the host needs, and copies to the host."""
+    """Lists the operations that make the host wait for a GPU: those whose result's size or value it needs, and copies.
+
+    `seen`: their names; `places`: where each was called.
+    """
 
     OPERATIONS = ("nonzero", "equal", "_local_scalar_dense", "_unique2", "masked_select", "bincount", "item")
 

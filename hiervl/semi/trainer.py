@@ -27,6 +27,7 @@ from ..evaluation.report import summary_table
 from ..evaluation.runner import Evaluation
 from .solver import build_lr_scheduler, build_optimizer
 from .ema import EMAHook, EMATeacher
+from .memory import LargestStep, out_of_memory
 from .precision import MixedPrecision
 from .pseudo_label import PseudoLabelHook, split_evenly
 
@@ -81,8 +82,9 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def build_hooks(self):
         cfg = self.cfg
+        self.pseudo_label_hook = PseudoLabelHook.from_config(cfg)
         hooks = [
-            PseudoLabelHook.from_config(cfg),
+            self.pseudo_label_hook,
             EMAHook(cfg.SEMI.BURN_IN),
             d2_hooks.IterationTimer(),
             d2_hooks.LRScheduler(optimizer=self.optimizer, scheduler=self.scheduler),
@@ -116,7 +118,12 @@ class SemiSupervisedTrainer(TrainerBase):
     def train(self):
         self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
         self.model.train()
-        super().train(self.start_iter, self.max_iter)
+        if self.student.device.type == "cuda":
+            LargestStep.from_config(self.cfg, self).check()
+        try:
+            super().train(self.start_iter, self.max_iter)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self, error) from error
         if self.evaluation.results:  # the main process only
             logger.info(
                 "The last evaluation, and the best, which was chosen on these images:\n%s",
