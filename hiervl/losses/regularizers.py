@@ -16,6 +16,7 @@ from detectron2.config import configurable
 from .mask_losses import balanced_presence_loss
 from ..errors import UserError
 from ..utils.label_maps import near_boundary
+from ..utils.padding import run_backbone
 from .points import SharedPoints, sample_maps
 from .targets import Targets
 
@@ -50,7 +51,7 @@ class LossContext:
     """What a regularizer sees of B images of one kind.
 
     Attributes:
-        kind: LABELED or PSEUDO. images: (B, 3, H, W), normalized and padded.
+        kind: LABELED or PSEUDO. images: (B, 3, H, W), normalized and padded; image_size: (height, width) before.
         targets: in terms of all V names. selected_targets: in terms of the selected classes.
         points: shared points, with labels in terms of the selected classes.
         features: the backbone's. selected: SelectedClasses, aligned: AlignmentOutput; None without these modules.
@@ -62,6 +63,7 @@ class LossContext:
 
     kind: str
     images: torch.Tensor
+    image_size: tuple
     targets: Targets
     selected_targets: Targets
     points: SharedPoints
@@ -209,7 +211,8 @@ def contrastive(context, settings):
 def vision(context, settings):
     """Distance of the trained backbone's global embedding from its frozen initial one: 1 - cosine."""
     with torch.no_grad():
-        initial = settings.initial.to(context.images.device)(context.images)["res5"].mean((2, 3))
+        initial = settings.initial.to(context.images.device)
+        initial = run_backbone(initial, context.images, context.image_size)["res5"].mean((2, 3))
     own = context.features["res5"].mean((2, 3))
     return (1 - F.cosine_similarity(own.float(), initial.float(), dim=1)).mean()
 

@@ -12,7 +12,7 @@ from ..losses.criterion import Criterion, Normalizers
 from ..losses.points import SharedPoints
 from ..losses.regularizers import LABELED, PSEUDO, LossContext, Regularizers
 from ..losses.targets import TargetBuilder
-from ..utils.padding import pad_to_multiple
+from ..utils.padding import pad_to_multiple, run_backbone
 from ..utils.transfer import stack_on_device, to_device
 from .backbones import build_backbone
 from .dual_query_decoder import QueryDecoder, SemanticQueries
@@ -159,9 +159,9 @@ class HierVL(nn.Module):
         if names is not None:
             required = F.pad(required, (0, len(names) - self.num_classes))  # (B, V)
         valid_mask = self.valid_mask(images.shape, valid)
-        images = self.preprocess(images)
+        size, images = images.shape[2:], self.preprocess(images)
         dropout = [x.get("feature_dropout", 0.0) for x in batch.inputs]
-        output = self.encode(images, dropout, names, variants, required=required, valid_mask=valid_mask)
+        output = self.encode(images, dropout, names, variants, size=size, required=required, valid_mask=valid_mask)
         normalizers = normalizers or self.normalizers(batch)
         # Losses and what they compare stay in float32 under autocast.
         with torch.autocast(self.device.type, enabled=False):
@@ -222,6 +222,7 @@ class HierVL(nn.Module):
         return LossContext(
             kind,
             images,
+            tuple(inputs[0]["image"].shape[1:]),
             targets,
             selected_targets,
             points,
@@ -259,6 +260,7 @@ class HierVL(nn.Module):
         names=None,
         variants=None,
         *,
+        size=None,
         required=None,
         trained=None,
         valid_mask=None,
@@ -268,11 +270,12 @@ class HierVL(nn.Module):
 
         Args:
             images: (B, 3, H, W), preprocessed. feature_dropout: B floats, shares of backbone channels to drop.
+            size: (height, width) of the images before padding, if it is known.
             names: (V, Dt), T' of the classes, and of distractors in training. For variants, required, trained and
                 valid_mask see QueryGenerator.forward.
             last_layer_only: return the last layer's predictions only.
         """
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        features = run_backbone(self.backbone, images.contiguous(memory_format=torch.channels_last), size)
         if feature_dropout is not None and any(feature_dropout):
             features = {name: _drop_channels(x, feature_dropout) for name, x in features.items()}
         if self.query_generator is None:
@@ -317,6 +320,7 @@ class HierVL(nn.Module):
             None,
             names,
             variants,
+            size=images.shape[2:],
             trained=trained,
             last_layer_only=True,
             valid_mask=self.valid_mask(images.shape, valid),

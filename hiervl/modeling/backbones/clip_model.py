@@ -55,9 +55,15 @@ class CLIPBackbone(Backbone):
         """Stride of the dense embeddings in pixels: 16 for ViTs, 32 for ResNets and ConvNeXts."""
         return self.tower.dense_stride
 
-    def forward(self, image):
-        """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride)."""
-        return self._features(self.tower(image)[0], image)
+    @property
+    def skips_padding(self) -> bool:
+        return self.pyramid is not None
+
+    def forward(self, image, size=None):
+        """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride). For `size`, of a ViT, see crop_to_patches."""
+        if self.pyramid is None:
+            return dict(zip(STRIDES, self.tower(image)[0]))
+        return self.pyramid(self.tower(image, size=size)[0][0], image.shape[-2:])
 
     def dense_text_features(self, image):
         """(B, 3, H, W) -> unit-length embeddings in the text space (B, Dt, H/dense_stride, W/dense_stride).
@@ -87,11 +93,6 @@ class CLIPBackbone(Backbone):
             name: ShapeSpec(channels=channels, stride=STRIDES[name])
             for name, channels in zip(STRIDES, self.tower.channels)
         }
-
-    def _features(self, maps, image):
-        if self.pyramid is not None:
-            return self.pyramid(maps[0], image.shape[-2:])
-        return dict(zip(STRIDES, maps))
 
 
 def _check_pixel_statistics(model_options, visual):

@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import UserError
 from ...utils.padding import pad_to_multiple
 from ..layers import run_layer
-from .feature_pyramid import STRIDES, at_stride
+from .feature_pyramid import STRIDES, at_stride, crop_to_patches
 
 
 class ViTTower(nn.Module):
@@ -38,17 +38,17 @@ class ViTTower(nn.Module):
         self.drops = nn.ModuleList(DropPath(rate) for rate in rates)
         self.recompute = False  # the blocks' activations, in the backward pass
 
-    def forward(self, image, maps=True, dense=False):
-        """image (B, 3, H, W) -> (maps, dense); see the module docstring."""
-        size = image.shape[-2:]
-        x = self.conv1(pad_to_multiple(image, self.patch))  # (B, C, h, w)
+    def forward(self, image, maps=True, dense=False, size=None):
+        """image (B, 3, H, W) -> (maps, dense); see the module docstring. For `size` see crop_to_patches."""
+        canvas = image.shape[-2:]
+        x = self.conv1(crop_to_patches(image, size, self.patch))  # (B, C, h, w)
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
         x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         x = self.ln_pre(x + self.positions(grid).to(x.dtype))  # (B, 1 + h*w, C)
         for block, drop in zip(self.resblocks[:-1], self.drops):
             x = _run(block, drop, x, self.recompute)
-        dense_embeddings = self._dense(x, grid, size) if dense else None
+        dense_embeddings = self._dense(x, grid, canvas) if dense else None
         feature_maps = [_to_map(_run(self.resblocks[-1], self.drops[-1], x, self.recompute), grid)] if maps else None
         return feature_maps, dense_embeddings
 

@@ -4,6 +4,10 @@ Images are padded on the right and at the bottom to a multiple of the patch size
 color after normalization, and does not show in the outputs: maps have ceil(H / stride) x ceil(W / stride) cells, and
 cell i is centered on pixel coordinate (i + 0.5) * stride, as in a convolutional network. With patches of 16 pixels, the
 surplus cells are cropped. With patches of 14, the maps have strides of 3.5 to 28 and are resampled to these centers.
+
+Patches of 14 do not divide the canvas that the rest of the network works on, a multiple of 32. There the ViT sees only
+as many patches as the image itself needs (37 in a row for 518 pixels; the canvas of 544 would take 39), and cells of
+the canvas beyond the image repeat its border.
 """
 
 import torch
@@ -11,6 +15,8 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from timm.layers import LayerNorm2d
 from torch import nn
+
+from ...utils.padding import pad_to_multiple
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -41,7 +47,7 @@ class SimpleFeaturePyramid(nn.Module):
         """
         Args:
             x: (B, C, h, w), the ViT's last map.
-            size: (H, W) of the image without padding.
+            size: (H, W) of the canvas.
         Returns:
             dict of (B, C_i, ceil(H / stride), ceil(W / stride)) for res2..res5.
         """
@@ -60,14 +66,29 @@ class SimpleFeaturePyramid(nn.Module):
         return {name: ShapeSpec(channels=channels[name], stride=STRIDES[name]) for name in STRIDES}
 
 
+def crop_to_patches(image, size, patch: int):
+    """The part of a canvas that a ViT has to see.
+
+    Args:
+        image: (B, 3, H, W), a canvas with the image at its top left.
+        size: (height, width) of the image; None: it fills the canvas.
+        patch: side of a patch in pixels.
+    Returns:
+        (B, 3, h, w), h and w multiples of the patch.
+    """
+    if size is not None and STRIDES["res5"] % patch:
+        image = image[..., : size[0], : size[1]]
+    return pad_to_multiple(image, patch)
+
+
 def at_stride(x, stride: float, target_stride: int, size):
     """Resample a map of one stride to another, and crop the padding.
 
     Args:
-        x: (B, C, h, w), a map of the padded image.
+        x: (B, C, h, w), a map of the image, padded to whole patches.
         stride: stride of `x` in pixels.
         target_stride: stride of the result in pixels.
-        size: (H, W) of the image without padding.
+        size: (H, W) of the canvas.
     Returns:
         (B, C, ceil(H / target_stride), ceil(W / target_stride)).
     """

@@ -17,8 +17,7 @@ from detectron2.modeling.backbone import Backbone
 from ...checkpoint import load_strictly
 from ...download import check_answers, check_hub, local_weights, reason_of
 from ...errors import UserError
-from ...utils.padding import pad_to_multiple
-from .feature_pyramid import STRIDES, SimpleFeaturePyramid
+from .feature_pyramid import STRIDES, SimpleFeaturePyramid, crop_to_patches
 
 _NAMES = {stride: name for name, stride in STRIDES.items()}
 _PLAIN_VIT_MODULES = ("vision_transformer", "eva")  # modules of timm; DINOv3 is in eva
@@ -78,10 +77,14 @@ class TimmBackbone(Backbone):
             "weights": cfg.MODEL.BACKBONE.WEIGHTS,
         }
 
-    def forward(self, image):
-        """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride)."""
+    @property
+    def skips_padding(self) -> bool:
+        return self.pyramid is not None
+
+    def forward(self, image, size=None):
+        """(B, 3, H, W) -> dict of (B, C, H/stride, W/stride). For `size`, of a ViT, see crop_to_patches."""
         if self.pyramid is not None:
-            (last_map,) = self.body(pad_to_multiple(image, self._reductions[0]))
+            (last_map,) = self.body(crop_to_patches(image, size, self._reductions[0]))
             return self.pyramid(last_map, image.shape[-2:])
         outputs = self.body(image)
         if self._channels_last:

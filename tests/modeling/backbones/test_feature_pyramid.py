@@ -5,8 +5,8 @@ import timm
 import torch
 
 from hiervl.modeling.backbones import TimmBackbone, build_backbone
-from hiervl.modeling.backbones.feature_pyramid import STRIDES, SimpleFeaturePyramid, at_stride
-from hiervl.utils.padding import pad_to_multiple
+from hiervl.modeling.backbones.feature_pyramid import STRIDES, SimpleFeaturePyramid, at_stride, crop_to_patches
+from hiervl.utils.padding import pad_to_multiple, run_backbone
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.semi.solver import build_optimizer
@@ -159,3 +159,24 @@ def test_every_parameter_has_a_gradient():
     backbone = TimmBackbone(name="test_vit").train()
     sum(value.square().mean() for value in backbone(torch.randn(2, 3, 32, 40)).values()).backward()
     assert not [name for name, p in backbone.named_parameters() if p.grad is None]
+
+
+def test_patches_of_14_beyond_the_image_are_not_computed():
+    """46 pixels are 4 patches; the canvas of 64 would be 5. Inside the image nothing changes by the canvas."""
+    backbone, seen = TimmBackbone(name="vit_small_patch14_dinov2").eval(), []
+    backbone.body.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
+    image = torch.randn(1, 3, 46, 46)
+    canvas = torch.nn.functional.pad(image, (0, 18, 0, 18))
+    with torch.no_grad():
+        alone, on_canvas = backbone(image), run_backbone(backbone, canvas, (46, 46))
+        run_backbone(backbone, canvas, None)
+    assert seen == [(56, 56), (56, 56), (70, 70)]
+    check_shapes(on_canvas, backbone, (64, 64))
+    for name, value in alone.items():
+        torch.testing.assert_close(on_canvas[name][..., : value.shape[2], : value.shape[3]], value)
+
+
+def test_patches_that_divide_the_canvas_see_all_of_it():
+    image = torch.randn(1, 3, 64, 64)
+    assert crop_to_patches(image, (40, 40), 16) is image
+    assert crop_to_patches(image, (40, 50), 14).shape == (1, 3, 42, 56)
