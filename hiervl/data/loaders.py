@@ -21,6 +21,7 @@ from .augmentation import cutmix_box
 from .datasets import check_dataset, count_pixels, data_root, dataset_index, dataset_root, table_of
 from .index import PackedIndex
 from .mapper import TestMapper, TrainMapper
+from .partners import partner_of, remote_partners, slots_of
 from .randomness import rng
 from .rare_class import RareClassSampler
 from .splits import load_split
@@ -37,11 +38,8 @@ class SemiSupervisedBatches(Dataset):
 
     - ``cutmix_box``: for each strong view, (y0, x0, y1, x1) or None. CutMix is *not yet applied* to the strong views;
       the trainer pastes images, label maps and valid masks together.
-    - ``partner``: position, in this list, of the sample that the box is copied from. Global slots are paired
-      (0, 1), (2, 3), ...; in an odd batch, the last slot uses the one before it; a batch of one has no boxes.
-
-    A partner that belongs to another rank is loaded on this rank as well. It follows this rank's own samples and has
-    ``partner`` None and ``extra`` True.
+    - ``partner``: position, in this list, of the sample that the box is copied from (partners.py). Positions after the
+      end mean partners that belong to other ranks, in the order of `remote_partners`; the trainer fetches them.
     """
 
     @configurable
@@ -142,13 +140,10 @@ class SemiSupervisedBatches(Dataset):
     def __getitem__(self, iteration: int) -> dict[str, list[dict]]:
         if not 0 <= iteration < self.max_iter:
             raise IndexError(f"iteration {iteration} of {self.max_iter}")
-        labeled = [self._labeled(iteration, slot) for slot in self._slots(self.labeled_per_batch)]
+        labeled = [
+            self._labeled(iteration, slot) for slot in slots_of(self.rank, self.world_size, self.labeled_per_batch)
+        ]
         return {"labeled": labeled, "unlabeled": self._unlabeled_list(iteration)}
-
-    def _slots(self, per_batch: int) -> range:
-        """This rank's block of the global batch."""
-        per_rank = per_batch // self.world_size
-        return range(self.rank * per_rank, (self.rank + 1) * per_rank)
 
     def _labeled(self, iteration: int, slot: int) -> dict:
         crop_rng = rng(self.seed, iteration, slot, "labeled/crop")
@@ -159,18 +154,16 @@ class SemiSupervisedBatches(Dataset):
         return self.mapper.labeled(self.labeled[index], crop_rng, want=(class_id, self.rare_class.min_pixels))
 
     def _unlabeled_list(self, iteration: int) -> list[dict]:
-        """This rank's unlabeled samples, followed by the partners that belong to other ranks."""
+        """This rank's unlabeled samples."""
         total = self.unlabeled_per_batch
-        slots = list(self._slots(total))
-        partners = [_partner(slot, total) for slot in slots]
-        extras = sorted(set(partners) - set(slots))
-        position = {slot: i for i, slot in enumerate(slots + extras)}
-        samples = [self._unlabeled(iteration, slot) for slot in position]
-        for sample, slot, partner in zip(samples, slots, partners):
+        slots = slots_of(self.rank, self.world_size, total)
+        remote = remote_partners(self.rank, self.world_size, total)
+        position = {slot: i for i, slot in enumerate([*slots, *remote])}
+        samples = [self._unlabeled(iteration, slot) for slot in slots]
+        for sample, slot in zip(samples, slots):
+            partner = partner_of(slot, total)
             sample["partner"] = position[partner]
             sample["cutmix_box"] = self._boxes(iteration, slot) if partner != slot else [None] * self.strong_views
-        for sample in samples[len(slots) :]:
-            sample.update(partner=None, cutmix_box=[None] * self.strong_views, extra=True)
         return samples
 
     def _unlabeled(self, iteration: int, slot: int) -> dict:
@@ -192,12 +185,6 @@ class SemiSupervisedBatches(Dataset):
         """The record at ``position`` of the endlessly repeated list, which is reshuffled every epoch."""
         epoch, i = divmod(position, len(records))
         return records[int(_order(self.seed, epoch, len(records), stream)[i])]
-
-
-def _partner(slot: int, total: int) -> int:
-    """The global slot that provides the CutMix box for ``slot``, in a batch of ``total`` slots."""
-    partner = slot ^ 1
-    return partner if partner < total else max(0, slot - 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from detectron2.engine import HookBase
 
 from ..losses.regularizers import TeacherView
 from ..utils.transfer import stack_on_device
+from .exchange import with_remote_partners
 from .filters import FilterChain, PseudoLabels
 
 
@@ -62,7 +63,7 @@ class PseudoLabelHook(HookBase):
         weight, kept = self.filters(pseudo)
         self._log(unlabeled, pseudo, weight, kept)
         if self.trainer.unlabeled_weight() > 0:
-            self.trainer.pseudo_inputs = self.student_inputs(unlabeled, pseudo, weight)
+            self.trainer.pseudo_inputs = self.student_inputs(*with_remote_partners(unlabeled, pseudo, weight))
         else:
             self.trainer.pseudo_inputs = []
 
@@ -110,12 +111,10 @@ class PseudoLabelHook(HookBase):
                 if box is None:
                     inputs.append(_input(image, label[i]) | self._teacher_targets(pseudo, i))
                 else:
+                    views = (x.to(weight.device, non_blocking=True) for x in (image, unlabeled[j]["strong"][view]))
                     mixed = {k: paste(box, label[i][k], label[j][k]) for k in ("sem_seg", "weight", "valid")}
                     mixed |= {k: label[i][k] | label[j][k] for k in ("unknown", "padded")}
-                    inputs.append(
-                        _input(paste(box, image, unlabeled[j]["strong"][view]), mixed)
-                        | self._teacher_targets(pseudo, i, j, box)
-                    )
+                    inputs.append(_input(paste(box, *views), mixed) | self._teacher_targets(pseudo, i, j, box))
             if self.feature_dropout > 0:
                 inputs.append(
                     _input(sample["image"], label[i])

@@ -7,6 +7,7 @@ from hiervl.data import images
 from hiervl.data.datasets import count_pixels
 from hiervl.data.index import PackedIndex
 from hiervl.data.loaders import SemiSupervisedBatches, build_test_loader, build_train_loader
+from hiervl.data.partners import remote_partners, slots_of
 from hiervl.data.mapper import TestMapper, TrainMapper
 from hiervl.data.randomness import rng
 from hiervl.data.rare_class import RareClassSampler
@@ -66,29 +67,30 @@ def test_all_ranks_together_see_the_batches_of_a_single_process(labeled, unlabel
     for i in (0, 7):
         whole, parts = one[i], [rank[i] for rank in ranks]
         assert_same([s for part in parts for s in part["labeled"]], whole["labeled"])
-        samples = [(part["unlabeled"], s) for part in parts for s in part["unlabeled"] if not s.get("extra")]
-        assert len(samples) == len(whole["unlabeled"])
-        for (rank_samples, sample), expected in zip(samples, whole["unlabeled"]):
+        samples = [(rank, s) for rank, part in enumerate(parts) for s in part["unlabeled"]]
+        assert len(samples) == len(whole["unlabeled"]) == 4
+        for (rank, sample), expected in zip(samples, whole["unlabeled"]):
             for key in ("file_name", "image", "strong", "valid", "cutmix_box"):
                 assert_same(sample[key], expected[key])
             # The position of the partner may differ, but not the partner itself.
-            for key in ("file_name", "image", "strong", "valid"):
-                assert_same(rank_samples[sample["partner"]][key], whole["unlabeled"][expected["partner"]][key])
+            slots = [*slots_of(rank, world_size, 4), *remote_partners(rank, world_size, 4)]
+            assert slots[sample["partner"]] == expected["partner"]
 
 
 def test_cutmix_partners(labeled, unlabeled, mapper):
     def partners(**kwargs):
         samples = make_batches(labeled, unlabeled, mapper, **kwargs)[0]["unlabeled"]
-        return [(s["partner"], s.get("extra", False)) for s in samples]
+        return [s["partner"] for s in samples]
 
-    assert partners() == [(1, False), (0, False), (3, False), (2, False)]
-    assert partners(unlabeled_per_batch=3) == [(1, False), (0, False), (1, False)]
-    assert partners(rank=1, world_size=2, unlabeled_per_batch=2) == [(1, False), (None, True)]
+    assert partners() == [1, 0, 3, 2]
+    assert partners(unlabeled_per_batch=3) == [1, 0, 1]
+    assert partners(rank=1, world_size=2, unlabeled_per_batch=2) == [1]  # slot 0, of the other rank
+    assert partners(rank=1, world_size=2, labeled_per_batch=2, unlabeled_per_batch=6) == [3, 2, 1]  # slots 3, 4, 5; 2
     single = make_batches(labeled, unlabeled, mapper, unlabeled_per_batch=1, cutmix_prob=1.0)[0]["unlabeled"]
     assert single[0]["partner"] == 0 and single[0]["cutmix_box"] == [None, None]
     # In an odd batch over three ranks, the last slot's partner is on another rank.
     last = make_batches(labeled, unlabeled, mapper, labeled_per_batch=3, unlabeled_per_batch=3, rank=2, world_size=3)[0]
-    assert [s["partner"] for s in last["unlabeled"]] == [1, None]
+    assert [s["partner"] for s in last["unlabeled"]] == [1]
 
 
 def test_supervised_batches_have_no_unlabeled_samples_and_the_same_labeled_ones(labeled, unlabeled, mapper):
