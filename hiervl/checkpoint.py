@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from typing import IO
@@ -32,6 +33,9 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free some space or choose another OUTPUT_DIR."
         ) from error
+
+
+_NUMBERED = re.compile(r"model_(\d{7}|final)\.pth")
 
 
 class TrainedNames:
@@ -69,10 +73,44 @@ class AtomicCheckpointer(DetectionCheckpointer):
         }
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with atomic_write(path) as file:
-            torch.save(data, file)
+        try:
+            with atomic_write(path) as file:
+                torch.save(data, file)
+        except RuntimeError as error:
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise UserError(f"{path}: cannot be written ({error.__context__}); free some space.") from error
         if name != "model_best":
             self.tag_last_checkpoint(f"{name}.pth")
+
+    def get_checkpoint_file(self):
+        """The newest intact checkpoint in this folder, or "" if the folder has no checkpoint.
+
+        Normally `last_checkpoint` names it. If that file is damaged or missing, an earlier one is used, with a warning.
+
+        Raises:
+            UserError: the folder has checkpoints, but all of them are damaged.
+        """
+        named = super().get_checkpoint_file() if super().has_checkpoint() else ""
+        paths = list(dict.fromkeys([*([named] if named else []), *self._numbered()]))
+        for path in paths:
+            problem = "it does not exist" if not os.path.isfile(path) else damage(path)
+            if not problem:
+                if path != named:
+                    self.logger.warning("Using %s, the newest intact checkpoint", path)
+                return path
+            self.logger.warning("Skipping the checkpoint %s: %s", path, problem)
+        if paths:
+            raise UserError(f"{self.save_dir}: all {len(paths)} checkpoints are damaged (see the log); start again.")
+        return ""
+
+    def has_checkpoint(self):
+        return super().has_checkpoint() or bool(self._numbered())
+
+    def _numbered(self) -> list[str]:
+        """Checkpoints that --resume can continue from, newest first; their numbers have leading zeros."""
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        return [os.path.join(self.save_dir, name) for name in sorted(names, reverse=True) if _NUMBERED.fullmatch(name)]
 
     def tag_last_checkpoint(self, last_filename_basename):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
@@ -160,8 +198,18 @@ def _model_zoo_weights(path):
     return data
 
 
+def damage(path: str) -> str:
+    """What is wrong with a checkpoint, or "". It is a zip archive, whose checksums torch.load does not verify."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = archive.testzip()
+    except Exception as error:  # a damaged archive makes zipfile raise errors of many types
+        return str(error) or type(error).__name__
+    return f"the checksum of {name} is wrong" if name else ""
+
+
 def read_state(path: str, key: str):
-    """torch.load onto the CPU, restricted to tensors and plain containers.
+    """torch.load onto the CPU, restricted to tensors and plain containers, with its checksums verified.
 
     Args:
         path: of the file.
@@ -171,10 +219,13 @@ def read_state(path: str, key: str):
         UserError: the file does not exist, is damaged, or contains anything else.
     """
     try:
+        problem = zipfile.is_zipfile(path) and damage(path)  # files of old versions of torch are no archives
+        if problem:
+            raise zipfile.BadZipFile(problem)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file ({key}).") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(
             f"{path}: not a weights file, or damaged ({key}): {(str(error) or 'it is empty').splitlines()[0][:150]}"
         ) from None

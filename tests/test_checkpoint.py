@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -237,3 +238,89 @@ def test_pickles_without_usable_weights_are_refused(tmp_path, content, expected_
     with pytest.raises(UserError) as error:
         make_checkpointer(tmp_path).load(str(path), checkpointables=[])
     assert_one_line(error, str(path), *expected_words)
+
+
+def flip_bits(path, count, seed=0):
+    """Copies of a file, each with one flipped bit."""
+    content, random = path.read_bytes(), np.random.default_rng(seed)
+    for position in random.integers(8 * len(content), size=count).tolist():
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        yield bytes(damaged)
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """Some bytes of the archive mean nothing; all others are covered by a checksum or break the archive."""
+    checkpointer, damaged = make_checkpointer(tmp_path, width=40), tmp_path / "damaged.pth"
+    checkpointer.save("model_0000001", iteration=1)
+    expected, noticed = checkpointer.model.state_dict(), 0
+    for content in flip_bits(tmp_path / "model_0000001.pth", 300):
+        damaged.write_bytes(content)
+        try:
+            state = read_state(str(damaged), "MODEL.WEIGHTS")
+        except UserError as error:
+            assert "damaged" in str(error) and "\n" not in str(error)
+            noticed += 1
+        else:
+            assert state["iteration"] == 1 and state["trainer"] == {"count": 0}
+            assert all(torch.equal(state["model"][name], value) for name, value in expected.items())
+    assert noticed > 100
+
+
+def save_three(tmp_path):
+    checkpointer = make_checkpointer(tmp_path)
+    for i in (1, 2, 3):
+        checkpointer.checkpointables["trainer"].count = i
+        checkpointer.save(f"model_{i:07}")
+    return checkpointer
+
+
+@pytest.mark.parametrize("fault", ["truncated", "empty", "bit", "missing"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, fault):
+    save_three(tmp_path)
+    newest = tmp_path / "model_0000003.pth"
+    content = newest.read_bytes()
+    if fault == "missing":
+        newest.unlink()
+    else:
+        flipped = bytearray(content)
+        weights = content.rindex(torch.load(newest)["model"]["0.weight"].numpy().tobytes())
+        flipped[weights] ^= 1
+        newest.write_bytes({"truncated": content[:-100], "empty": b"", "bit": bytes(flipped)}[fault])
+    resumed = make_checkpointer(tmp_path)
+    assert resumed.get_checkpoint_file() == str(tmp_path / "model_0000002.pth")
+    resumed.resume_or_load("", resume=True)
+    assert resumed.checkpointables["trainer"].count == 2
+
+
+def test_without_last_checkpoint_the_newest_numbered_one_is_used(tmp_path):
+    checkpointer = save_three(tmp_path)
+    checkpointer.save("model_best")
+    (tmp_path / "last_checkpoint").unlink()
+    resumed = make_checkpointer(tmp_path)
+    assert resumed.has_checkpoint()
+    assert resumed.get_checkpoint_file() == str(tmp_path / "model_0000003.pth")
+
+
+def test_only_damaged_checkpoints_are_an_error_and_none_is_not(tmp_path):
+    assert not make_checkpointer(tmp_path).has_checkpoint() and make_checkpointer(tmp_path).get_checkpoint_file() == ""
+    save_three(tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="all 3 checkpoints are damaged"):
+        make_checkpointer(tmp_path).resume_or_load("", resume=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_is_one_line_and_keeps_the_old_file(tmp_path):
+    """A real limit: the process may not write files above 64 kB."""
+    AtomicCheckpointer(nn.Linear(3, 3), str(tmp_path)).save("model_0000001")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            AtomicCheckpointer(nn.Linear(300, 300), str(tmp_path)).save("model_0000001")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(error, "model_0000001.pth: cannot be written (")
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    assert read_state(str(tmp_path / "model_0000001.pth"), "")["model"]["weight"].shape == (3, 3)

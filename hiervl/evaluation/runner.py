@@ -50,18 +50,23 @@ class Evaluation:
             with open(self.path) as file:
                 self.results = json.load(file)
 
-    def run(self, iteration: int):
+    def run(self, iteration: int, save_best) -> dict:
         """Evaluate all models and record the results.
 
+        Args:
+            save_best: called on the main process if this is the best evaluation so far, before it is recorded: a kill
+                in between must not leave the record of a model that was never saved.
+
         Returns:
-            metrics {"dataset/model": {...}}, and whether this is the best evaluation so far (False except on the main
-            process).
+            metrics {"dataset/model": {...}}.
         """
         entry = self.measure(iteration)
         flat = OrderedDict(
             (f"{name}/{kind}", metrics) for name in self.cfg.DATASETS.TEST for kind, metrics in entry[name].items()
         )
-        return flat, self._record(entry) if comm.is_main_process() else False
+        if comm.is_main_process():
+            self._record(entry, save_best)
+        return flat
 
     def measure(self, iteration: int, folder: str = FOLDER) -> dict:
         """Evaluate all models and write reports, without changing results.json.
@@ -113,15 +118,16 @@ class Evaluation:
         # Classes that do not occur have IoU NaN, which JSON does not support.
         return {k: v for k, v in results["sem_seg"].items() if math.isfinite(v)} if results else None
 
-    def _record(self, entry):
-        """Store an entry in results.json. Returns whether it is the best so far."""
+    def _record(self, entry, save_best):
+        """Store an entry in results.json."""
         is_best = "best" not in self.results or self._score(entry) > self._score(self.results["best"])
+        if is_best:
+            save_best()
         self.results["last"] = entry
         if is_best:
             self.results["best"] = entry
         with atomic_write(self.path, "w") as file:
             json.dump(self.results, file, indent=1)
-        return is_best
 
     def _score(self, entry):
         """The value that selects the best entry: the highest mIoU of any model on the first test set."""

@@ -255,10 +255,7 @@ class SemiSupervisedTrainer(TrainerBase):
     def evaluate(self):
         """Evaluate student and teacher, and save the checkpoint that is best on the first test set."""
         done = min(self.iter + 1, self.max_iter)  # after the last iteration, `iter` is already one further
-        metrics, is_best = self.evaluation.run(done)
-        if is_best and comm.is_main_process():
-            self.checkpointer.save("model_best", iteration=done - 1)
-        return metrics
+        return self.evaluation.run(done, lambda: self.checkpointer.save("model_best", iteration=done - 1))
 
 
 @torch.no_grad()

@@ -95,16 +95,16 @@ def evaluation(tmp_path, monkeypatch):
 
 
 def test_run_is_compared_with_another_run_or_result_file(evaluation, tmp_path):
-    metrics, _ = evaluation("first", "TEST.BOUNDARY_IOU", True).run(1)
+    metrics = evaluation("first", "TEST.BOUNDARY_IOU", True).run(1, lambda: None)
     assert "boundary_mIoU" in metrics["shapes_val/teacher"]
-    evaluation("second", "TEST.COMPARE", str(tmp_path / "first")).run(1)
+    evaluation("second", "TEST.COMPARE", str(tmp_path / "first")).run(1, lambda: None)
     folder = tmp_path / "second/inference/shapes_val/student"
     assert {p.name for p in folder.iterdir()} == {"segmentation.json", "report.txt", "confusion.csv", "confusion.png"}
     report = (folder / "report.txt").read_text()
     assert "gain" in report and "images, whole image\n" in report
     assert "boundary_mIoU" not in load_result(str(folder / "segmentation.json"))["metrics"]
     file = tmp_path / "first/inference/shapes_val/teacher/segmentation.json"
-    evaluation("third", "TEST.COMPARE", str(file)).run(1)
+    evaluation("third", "TEST.COMPARE", str(file)).run(1, lambda: None)
     with pytest.raises(UserError, match="nowhere.*no such result file"):
         evaluation("fourth", "TEST.COMPARE", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="shapes_val.*no such result file"):

@@ -369,3 +369,11 @@ def test_a_step_makes_the_host_wait_a_handful_of_times(make_cfg, segments, match
     trainer.run_step = run_step
     trainer.train()
     assert len(counted) == 3 and 3 <= max(len(seen) for seen in counted[:2]) <= most, "\n".join(counted[0])
+
+
+def test_the_best_model_is_saved_before_it_is_recorded(make_cfg, tmp_path):
+    trainer = SemiSupervisedTrainer(make_cfg())
+    trainer.checkpointer.save = lambda name, **more: (_ for _ in ()).throw(KeyboardInterrupt)  # a kill during the save
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    assert not (tmp_path / "run" / "results.json").exists()

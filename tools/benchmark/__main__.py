@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "op": "multi-scale deformable attention against its grid_sample path",
     "step": "a training step against the reference path: time and memory",
+    "memory": "peak of the largest semi-supervised step, and what lowers it",
     "inference": "inference against the reference path: time, memory, bfloat16",
     "matcher": "Hungarian matching against one transfer per image and layer",
     "evaluation": "counting, and where the evaluation's time goes",
