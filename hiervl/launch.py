@@ -67,9 +67,10 @@ def check_device(device: str, processes: int, what: str) -> None:
         return
     if device != "cuda":
         raise UserError(f"MODEL.DEVICE is {device}, which several processes would share; set it to cuda (or cpu).")
-    count = torch.cuda.device_count()
-    reason = why_no_gpu() or f"PyTorch finds {count}{visible_devices()}"
+    reason = why_no_gpu()
+    count = 0 if reason else torch.cuda.device_count()  # device_count() also counts GPUs that cannot be used
     if processes > count:
+        reason = reason or f"PyTorch finds {count}{visible_devices()}"
         raise UserError(
             f"{what}: every process needs a GPU of its own, {processes} on this machine, but {reason}; start fewer "
             "processes, or set MODEL.DEVICE cpu to run on the CPU."

@@ -26,13 +26,15 @@ def _seeded():
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(address, files, requests): a dict of what the server has, and the list of what was asked for."""
+    """(address, files, requests): a dict of what the server has (bytes, or a function that returns them), and the list
+    of what was asked for."""
     files, requests = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
             content = files.get(self.path)
+            content = content() if callable(content) else content
             self.send_response(200 if content is not None else 404)
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()

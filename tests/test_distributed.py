@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,12 @@ def test_two_processes_are_one_run(root, server, monkeypatch, start):
     address, files, requests = server
     weights = io.BytesIO()
     torch.save(TimmBackbone(name="lcnet_050").body.state_dict(), weights)
-    files["/backbone.pth"] = weights.getvalue()
+
+    def slowly():  # a second process that did not wait would ask as well
+        time.sleep(1)
+        return weights.getvalue()
+
+    files["/backbone.pth"] = slowly
     out = root / "out"
     options = [*TINY, *SEMI, "MODEL.BACKBONE.WEIGHTS", f"{address}/backbone.pth", "OUTPUT_DIR", str(out)]
 

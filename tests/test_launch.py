@@ -99,6 +99,9 @@ def test_a_gpu_for_each_process(gpus, monkeypatch):
     with pytest.raises(UserError, match="1 on this machine, but PyTorch .* is built without CUDA"):
         check_device("cuda", 1, "srun")
     check_device("cpu", 3, "--num-gpus 3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # as NVML says, whatever PyTorch can use
+    with pytest.raises(UserError, match="is built without CUDA"):
+        check_device("cuda", 2, "--num-gpus 2")
 
 
 @pytest.mark.parametrize("visible, chosen", [(4, 3), (1, 0)], ids=["all GPUs of the machine", "its own GPU"])
@@ -166,3 +169,17 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(tmp_path, command_l
     assert [status for status, _ in results] == [2, 2]
     (line,) = error_lines(results)
     assert expected in line
+
+
+def test_the_process_with_the_store_stays_until_the_others_know(capsys, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    monkeypatch.setattr(module, "connect", lambda place, timeout: None)
+    monkeypatch.setattr(module, "meet", lambda *arguments: ("a problem", 0))
+    for name, value in srun(1, 0).items():
+        monkeypatch.setenv(name, value)
+    assert mistake(capsys, *ON_CPU) == "error: a problem" and pauses == [module.LINGER]
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    with pytest.raises(SystemExit):
+        launch(pytest.fail, arguments(*ON_CPU))
+    assert capsys.readouterr().err == "" and pauses == [module.LINGER]

@@ -62,20 +62,32 @@ def test_a_bug_on_the_first_process_does_not_keep_the_other_waiting(tmp_path):
     assert second[0] == 1 and "RuntimeError: process 0 failed: ValueError('a bug')" in second[1]
 
 
-def wait_for_rank_1(args):
-    """Process 1 has a mistake, and process 0 waits for nothing that it could notice."""
+def sleep_on_rank_0(args):
+    """Process 1 has a mistake, and process 0 does nothing in which it would notice that."""
     if comm.get_rank() == 1:
         raise UserError("a mistake")
     time.sleep(60)
 
 
-def wait_together(args):
-    end_together(wait_for_rank_1, args)
+def sleep_together(args):
+    end_together(sleep_on_rank_0, args)
 
 
-def test_a_mistake_ends_a_process_that_does_not_notice(tmp_path):
+def exchange_on_rank_0(args):
+    """Process 1 has a mistake, and process 0 is cut off in the middle of an exchange."""
+    if comm.get_rank() == 1:
+        raise UserError("a mistake")
+    torch.distributed.barrier()
+
+
+def exchange_together(args):
+    end_together(exchange_on_rank_0, args)
+
+
+@pytest.mark.parametrize("body", [sleep_together, exchange_together])
+def test_a_mistake_of_one_process_ends_the_other(tmp_path, body):
     start = time.monotonic()
-    results = run_two(wait_together, tmp_path)
+    results = run_two(body, tmp_path)
     assert [status for status, _ in results] == [2, 2] and time.monotonic() - start < 50
     assert error_lines(results) == ["error: a mistake"]
 
