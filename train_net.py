@@ -3,6 +3,8 @@
     python train_net.py --config-file configs/camvid_23.yaml [--num-gpus N] [--resume] [KEY VALUE ...]
     python train_net.py --config-file configs/camvid_23.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
     python train_net.py ... --eval-only --classes "sky, house, pole, street, ..."
+    torchrun --nproc_per_node N train_net.py ...
+    srun python train_net.py ...
 
 With --classes, the dataset's classes get other names, in the same order; reports go to
 OUTPUT_DIR/inference_other_words.
@@ -10,33 +12,37 @@ OUTPUT_DIR/inference_other_words.
 
 import logging
 import os
-import sys
 
 # Idle OpenMP threads must not spin on the cores that the data workers need: on a small machine, that costs more than
 # the work itself. This has to be set before torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from hiervl.config import load_config, use_cpu_without_gpu
 from hiervl.errors import UserError
+from hiervl.launch import launch
 from hiervl.semi.trainer import SemiSupervisedTrainer
 from hiervl.modeling.text.word_lists import read_classes
+from hiervl.utils.processes import end_together
 
 
 def setup(args):
     """Config from file and command line, logging, output folder."""
     cfg = load_config(args.config_file, args.opts)
-    use_cpu_without_gpu(cfg)
+    no_gpu = use_cpu_without_gpu(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     # Adam's squares of small gradients are denormal numbers, which a CPU computes up to a hundred times slower.
     torch.set_flush_denormal(True)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="hiervl")
-    logging.getLogger("hiervl").info("Running on %s", cfg.MODEL.DEVICE)
+    logger, processes = logging.getLogger("hiervl"), comm.get_world_size()
+    logger.info("Running on %s%s", cfg.MODEL.DEVICE, f" in {processes} processes" if processes > 1 else "")
+    if no_gpu:
+        logger.warning("The CPU is used instead of a GPU, because %s", no_gpu)
     return cfg
 
 
@@ -77,22 +83,9 @@ def parser():
 
 
 def main(args):
-    """`run`, with a user's mistake reported in one line."""
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # os._exit leaves distributed peers and data workers no chance to wait for this process.
-        sys.exit(2) if args.num_gpus * args.num_machines <= 1 else os._exit(2)
+    """`run`; a user's mistake ends it, on all processes, with one line and status 2."""
+    return end_together(run, args)
 
 
 if __name__ == "__main__":
-    arguments = parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch(main, parser().parse_args())

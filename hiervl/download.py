@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlparse
 
-from detectron2.utils import comm
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 from huggingface_hub import constants as hub
 from iopath.common.file_io import get_cache_dir
@@ -39,7 +38,7 @@ def is_url(path: str) -> bool:
 def local_weights(path: str, key: str, instead: str = "") -> str:
     """The local file of `path`, which may be a URL; the hash in its name is verified if it has one.
 
-    With several processes the main one downloads first, and all of them raise if it fails.
+    In a run of several processes, call it inside of main_process_first, or all of them download.
 
     Args:
         path: a file, or a URL that Detectron2's PathManager reads (https://, detectron2://, ...).
@@ -55,16 +54,7 @@ def local_weights(path: str, key: str, instead: str = "") -> str:
                 "or rename the file if its content is what you want."
             )
         return path
-    problem = None
-    if comm.is_main_process():
-        try:
-            _fetch(path, key, instead)
-        except UserError as error:
-            problem = str(error)
-    problem = comm.all_gather(problem)[0]
-    if problem:
-        raise UserError(problem)
-    return _fetch(path, key, instead)  # from the cache; on other machines the first process downloads
+    return _fetch(path, key, instead)
 
 
 def cached_path(url: str) -> str:

@@ -1,9 +1,7 @@
 """Weights and archives from the network, with a server of our own: fetched once, verified, or one line."""
 
 import hashlib
-import http.server
 import io
-import threading
 import time
 import zipfile
 
@@ -16,30 +14,6 @@ from hiervl.paths import find_file
 
 CONTENT = b"weights" * 1000
 SHA = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """(address, files, requests): a dict of what the server has, and the list of what was asked for."""
-    files, requests = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            content = files.get(self.path)
-            self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            self.wfile.write(content or b"")
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-        yield f"http://127.0.0.1:{running.server_port}", files, requests
-        running.shutdown()
 
 
 def test_a_url_is_fetched_once_and_verified(server):

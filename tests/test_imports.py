@@ -29,6 +29,8 @@ ALLOWED = {
     "config": {"errors"},
     "checkpoint": {"download", "errors", "pickled_arrays", "utils"},
     "download": {"errors"},
+    "launch": {"config", "errors", "rendezvous", "utils"},
+    "rendezvous": {"errors"},
     "paths": set(),
     "pickled_arrays": {"errors"},
     "ownership": {"errors"},

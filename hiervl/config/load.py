@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 
-import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -101,12 +100,6 @@ def _merge_dicts(content, result):
             _merge_dicts(value, result[key])
         else:
             result[key] = value
-
-
-def use_cpu_without_gpu(cfg: CN) -> None:
-    """Detectron2's default device is a GPU; change it in place on a machine that has none."""
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
 
 
 def _merge(cfg, source, merge):

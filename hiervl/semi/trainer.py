@@ -25,6 +25,7 @@ from ..data.loaders import build_train_loader
 from ..errors import UserError
 from ..evaluation.report import summary_table
 from ..evaluation.runner import Evaluation
+from ..utils.processes import main_process_first
 from .solver import build_lr_scheduler, build_optimizer
 from .ema import EMAHook, EMATeacher
 from .memory import LargestStep, out_of_memory
@@ -46,12 +47,13 @@ class SemiSupervisedTrainer(TrainerBase):
         super().__init__()
         self.cfg = cfg
         torch.manual_seed(cfg.SEED)
-        self.student = build_model(cfg)
+        with main_process_first():  # it may download weights
+            self.student = build_model(cfg)
         on_gpu = self.student.device.type == "cuda"
         self.model = create_ddp_model(
             self.student,
             broadcast_buffers=False,
-            device_ids=[comm.get_local_rank()] if on_gpu else None,
+            device_ids=[torch.cuda.current_device()] if on_gpu else None,
             find_unused_parameters=may_lack_gradients(cfg),
         )
         horizon = min(cfg.SEMI.EMA.HORIZON, cfg.SEMI.EMA.MAX_SHARE * cfg.SOLVER.MAX_ITER)
@@ -105,6 +107,16 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def resume_or_load(self, resume: bool):
         """Continue from the last checkpoint of OUTPUT_DIR, or initialize from MODEL.WEIGHTS."""
+        with main_process_first():
+            self._resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise UserError(
+                f"{self.cfg.OUTPUT_DIR}: the processes find different iterations to continue from ({starts}); put "
+                "OUTPUT_DIR on a file system that all machines share."
+            )
+
+    def _resume_or_load(self, resume):
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             self.start_iter = self.iter + 1
@@ -133,10 +145,11 @@ class SemiSupervisedTrainer(TrainerBase):
 
     def load_for_evaluation(self):
         """Student and teacher of MODEL.WEIGHTS, or of the last checkpoint in OUTPUT_DIR."""
-        path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
-        if not path:
-            raise UserError(f"{self.cfg.OUTPUT_DIR}: holds no checkpoint to evaluate; name one in MODEL.WEIGHTS.")
-        rest = self.checkpointer.load(path, checkpointables=["teacher", "trained_names"])
+        with main_process_first():
+            path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
+            if not path:
+                raise UserError(f"{self.cfg.OUTPUT_DIR}: holds no checkpoint to evaluate; name one in MODEL.WEIGHTS.")
+            rest = self.checkpointer.load(path, checkpointables=["teacher", "trained_names"])
         if "trainer" not in rest:  # weights of one network only
             self.teacher.reset(self.student)
         self.iter = rest.get("iteration", -1)

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 
 from hiervl.config import load_config
+from hiervl.errors import UserError
 from hiervl.losses import points as points_module
 from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
 
@@ -55,6 +57,14 @@ def test_a_resumed_run_is_bit_identical(make_cfg, tmp_path):
     assert whole.state_dict()["hooks"].keys() == resumed.state_dict()["hooks"].keys()
     adaptive = whole.state_dict()["hooks"]["PseudoLabelHook"]["adaptive"]
     assert adaptive and adaptive == resumed.state_dict()["hooks"]["PseudoLabelHook"]["adaptive"]
+
+
+def test_processes_that_would_resume_differently_are_refused(make_cfg, monkeypatch):
+    trainer = SemiSupervisedTrainer(make_cfg())
+    # The other process has found a checkpoint.
+    monkeypatch.setattr(comm, "all_gather", lambda value: [value, 3 if isinstance(value, int) else None])
+    with pytest.raises(UserError, match=r"run: the processes find different iterations .*\[0, 3\].*OUTPUT_DIR"):
+        trainer.resume_or_load(True)
 
 
 def test_weight_zero_is_bit_identically_the_supervised_student(make_cfg, tmp_path):
