@@ -48,6 +48,10 @@ class Outcome:
     note: str = ""
 
 
+class OutdatedError(UserError):
+    """A file to make is missing, or older than its source."""
+
+
 # (job, (H, W) of the image) -> ids uint8 (H, W), instance numbers uint16 (H, W) or None
 Maker = Callable[[Job, tuple[int, int]], tuple[np.ndarray, np.ndarray | None]]
 
@@ -84,6 +88,8 @@ class MaskTask:
             return Outcome(np.bincount(label.ravel(), minlength=256), made, note=note)
         except WriteError:
             raise
+        except OutdatedError as error:  # raised with `check` only; otherwise the file is made
+            return Outcome(problem=f"{error}; run without --check to make it")
         except UserError as error:
             return Outcome(problem=str(error))
 
@@ -146,9 +152,9 @@ class Remap:
 
 
 def _check_age(job: Job) -> None:
-    """Raises UserError if a file to make is missing, or older than its source."""
+    """Raises OutdatedError if a file to make is missing, or older than its source."""
     for path in filter(None, (job.mask, job.instances)):
         if not os.path.exists(path):
-            raise UserError(f"{path} is missing; run without --check to make it")
+            raise OutdatedError(f"{path} is missing")
         if job.source and os.path.exists(job.source) and os.path.getmtime(job.source) > os.path.getmtime(path):
-            raise UserError(f"{path} is older than {job.source}; run without --check to make it again")
+            raise OutdatedError(f"{path} is older than {job.source}")
