@@ -3,10 +3,10 @@
     python tools/convert_mask2former.py model_final.pkl mask2former.pth --config-file configs/coco_232_r50.yaml
     python train_net.py --config-file configs/coco_232_r50.yaml MODEL.WEIGHTS mask2former.pth
 
-With --config-file, the weights are compared with that config's network: those that are not in it, or have a different
-shape there, are left out and listed. Without it, weights are only renamed. The class head belongs to the classes
-Mask2Former was trained on: it is kept for MODEL.DECODER.CLASSIFIER linear (without a config: with --keep-classifier),
-never for text.
+With --config-file, the weights are compared with that config's network; those that it lacks, or that have another shape
+there, are left out and listed. Without it, the weights are only renamed. The class head fits only the classes that
+Mask2Former was trained on. It is kept if the config sets MODEL.DECODER.CLASSIFIER to linear or, without a config, with
+--keep-classifier.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PREFIXES = {
     "sem_seg_head.predictor.": "decoder.",
 }
 CLASS_HEAD = "decoder.class_embed."
-# Weights that every Mask2Former has -> the module that is missing when the weight is.
+# Weights that every Mask2Former has -> the module that they belong to, for error messages.
 LANDMARKS = {
     "decoder.transformer_cross_attention_layers.0.multihead_attn.in_proj_weight": "masked-attention decoder",
     "pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.weight": "deformable-attention "
@@ -54,7 +54,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def new_name(name: str) -> str | None:
-    """HierVL's name for a Mask2Former weight; None if HierVL has no counterpart."""
+    """HierVL's name of a Mask2Former weight; None if HierVL has no such weight."""
     if name.startswith("sem_seg_head.") and not name.startswith(
         ("sem_seg_head.predictor.", "sem_seg_head.pixel_decoder.")
     ):
@@ -76,7 +76,7 @@ def convert(weights: dict, path: str) -> tuple[dict, list[str]]:
         weights: Mask2Former's name -> weight. path: their file, for error messages.
 
     Returns:
-        weights under HierVL's names, and Mask2Former's names that have no counterpart.
+        the weights under HierVL's names, and the Mask2Former names that HierVL has no counterpart for.
 
     Raises:
         UserError: these are not the weights of a Mask2Former.
@@ -88,16 +88,17 @@ def convert(weights: dict, path: str) -> tuple[dict, list[str]]:
     for landmark, module in LANDMARKS.items():
         if landmark not in converted:
             raise UserError(
-                f"{path}: not a Mask2Former checkpoint: it has no {module} (its first weight is {next(iter(weights))})."
+                f"{path}: not a Mask2Former checkpoint, because it has no {module} (its first weight is "
+                f"{next(iter(weights))}); give a checkpoint of Mask2Former's model zoo."
             )
     return converted, [old for old, new in new_names.items() if not new]
 
 
 def fit(converted: dict, network: torch.nn.Module, keep_classifier: bool) -> tuple[dict, dict, list[str]]:
-    """Separate the weights that fit the network from those that do not.
+    """Separate the weights that fit the network from those that do not fit.
 
     Returns:
-        matching weights, {reason: names left out}, names of the network's weights that the file does not provide.
+        the matching weights, {reason: names left out}, and the names of the network's weights that the file lacks.
     """
     state, left_out, matching = network.state_dict(), collections.defaultdict(list), {}
     for name, value in converted.items():

@@ -1,9 +1,8 @@
-"""Strong augmentation: photometric changes that do not move any pixel.
+"""Strong augmentation: changes of color and sharpness that do not move any pixel, and the boxes of CutMix.
 
-Color jitter, grayscale and blur with the parameters of UniMatch, plus CutMix
-boxes. Images are uint8 (H, W, 3) RGB. Brightness, contrast and hue of a uint8
-image are lookup tables, so a view costs about a millisecond at 256 x 256. All
-randomness comes from the generator passed in.
+Color jitter, grayscale and blur have UniMatch's parameters. Images are uint8 (H, W, 3) RGB. Brightness, contrast and
+hue are changed with lookup tables, so that a view takes about a millisecond at 256 x 256. All randomness comes from the
+generator that is passed in.
 """
 
 import math
@@ -28,9 +27,9 @@ def strong_view(
     Args:
         image: uint8 (H, W, 3) RGB; not modified.
         rng: source of all draws.
-        jitter: maximum change of brightness, contrast and saturation (factors
-            in 1 +- j) and of hue (turns of the color wheel, +- j).
-        jitter_prob, gray_prob, blur_prob: probability of each step.
+        jitter: largest change of brightness, contrast and saturation (a factor from 1 - j to 1 + j) and of hue (up to
+            j turns of the color wheel in either direction).
+        jitter_prob, gray_prob, blur_prob: probabilities of the three steps.
         blur_sigma: range of the blur's standard deviation, pixels.
     """
     if rng.random() < jitter_prob:
@@ -51,7 +50,7 @@ def color_jitter(
     saturation: float,
     hue: float,
 ) -> np.ndarray:
-    """Changes brightness, contrast, saturation and hue in random order. Arguments as for ``jitter`` of strong_view."""
+    """Changes brightness, contrast, saturation and hue in random order. The amounts are strong_view's ``jitter``."""
     steps = [
         (adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
         (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
@@ -65,23 +64,23 @@ def color_jitter(
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Scales brightness: factor 0 gives black, 1 the image."""
+    """Scales brightness: factor 0 gives black, 1 the unchanged image."""
     return cv2.LUT(image, _lookup_table(_LEVELS * factor))
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Scales contrast: factor 0 gives the image's mean gray everywhere, 1 the image."""
+    """Scales contrast: factor 0 gives the image's mean gray everywhere, 1 the unchanged image."""
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     return cv2.LUT(image, _lookup_table((_LEVELS - mean) * factor + mean))
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Scales saturation: factor 0 gives the grayscale image, 1 the image."""
+    """Scales saturation: factor 0 gives the grayscale image, 1 the unchanged image."""
     return cv2.addWeighted(image, factor, _gray(image), 1 - factor, 0)
 
 
 def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
-    """Rotates the color wheel: 0 turns give the image, 0.5 its complementary colors."""
+    """Rotates the color wheel: 0 turns change nothing, 0.5 gives the complementary colors."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 0..255
     shift = round(turns * 256)
     hsv[..., 0] = cv2.LUT(hsv[..., 0], np.roll(_LEVELS, -shift).astype(np.uint8))
@@ -102,10 +101,9 @@ def cutmix_box(
         rng: source of all draws.
         height, width: size of the image, pixels.
         prob: probability of drawing a box at all.
-        size: range of the box's area as a fraction of the image.
-        ratio: range of its height / width, drawn log-uniformly so that tall and
-            wide boxes are equally likely. Sides are clipped to those of the
-            image.
+        size: range of the box's area as a fraction of the image's.
+        ratio: range of its height / width, drawn log-uniformly so that tall and wide boxes are equally likely. Sides
+            longer than the image's are cut.
 
     Returns:
         (y0, x0, y1, x1) in pixels, y1 and x1 exclusive; or None for no box.

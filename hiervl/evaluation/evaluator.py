@@ -49,8 +49,8 @@ class SegmentationEvaluator(DatasetEvaluator):
         ignore_label: value of ignored pixels in the label maps.
         calibration: also measure calibration, which requires scores in [0, 1].
         boundary: also measure boundary IoU.
-        num_images: expected number of images over all ranks. evaluate() raises if it differs, which catches images
-            that were counted twice or not at all.
+        num_images: expected number of images over all ranks. evaluate() raises if the actual number differs: images
+            were counted twice or not at all.
         protocol: description of the inference protocol (whole image, sliding window), for the result file.
 
     Attributes:
@@ -105,7 +105,7 @@ class SegmentationEvaluator(DatasetEvaluator):
             if not path:
                 raise UserError(
                     f"{image.get('file_name', 'an image')}: no label map, so it cannot be evaluated; "
-                    "evaluate on a dataset that lists masks"
+                    "evaluate on a dataset whose list names masks"
                 )
             self._count(read_label(path), output["sem_seg"], path, output.get("classes"))
             self._images += 1
@@ -225,7 +225,7 @@ def write_result(path: str, result: dict) -> None:
 
 
 def _merged(parts):
-    """Sums (confusion, calibration, boundary, images) over ranks. Parts that are not measured are None on all ranks."""
+    """Sums (confusion, calibration, boundary, images) over ranks. What is not measured is None on every rank."""
     confusion, calibration, boundary, images = parts[0]
     for other_confusion, other_calibration, other_boundary, other_images in parts[1:]:
         confusion.merge(other_confusion)

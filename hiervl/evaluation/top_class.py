@@ -1,7 +1,7 @@
 """The highest-scoring class of each pixel and its score.
 
-torch.max over the first dimension does not use the CPU's vector instructions; for 19 classes and 2048x1024 pixels, it
-took most of the evaluation time. This implementation computes the maximum first and then looks for it class by class.
+torch.max over the first dimension does not use the CPU's vector instructions; with 19 classes and 2048x1024 pixels, it
+took most of the evaluation time. This implementation computes the maximum first and then finds the class that has it.
 """
 
 import numpy as np

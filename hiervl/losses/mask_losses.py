@@ -1,4 +1,4 @@
-"""Losses of masks and of presence, each for many masks at once."""
+"""Losses of masks and of class presence, each computed for many masks or classes at once."""
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,16 @@ def sigmoid_ce_loss(logits, masks, weight):
 
 
 def dice_loss(logits, masks, weight):
-    """1 - dice over the points of each mask, add-one smoothed: all (T, P) -> (T,)."""
+    """1 - dice over the points of each mask, with add-one smoothing: all (T, P) -> (T,)."""
     probability = logits.sigmoid() * weight
     return 1 - (2 * (probability * masks).sum(1) + 1) / (probability.sum(1) + (masks * weight).sum(1) + 1)
 
 
 def balanced_presence_loss(logits, present, absent):
-    """Binary cross-entropy of presence in which present and absent classes weigh half each.
+    """Binary cross-entropy of class presence, half of it from the present classes and half from the absent ones.
 
-    Half the mean of -log p over the present classes plus half the mean of -log(1 - p) over the absent ones; a class in
-    neither set does not count.
+    That is half the mean of -log p over the present classes plus half the mean of -log(1 - p) over the absent ones. A
+    class in neither set does not count.
 
     Args:
         logits: (..., B, V). present, absent: bool, (B, V) or broadcastable to the logits.
@@ -33,15 +33,16 @@ def balanced_presence_loss(logits, present, absent):
 
 
 def uncertain_point_losses(logits, num_points, importance_ratio, segment_map, weight, image, segment):
-    """Cross-entropy and dice of each mask at the points where it is least certain, and at random ones.
+    """Cross-entropy and dice loss of each mask at the points where it is least certain, and at random points.
 
-    PointRend's sampling (arXiv 1912.08193), from candidates that all masks of an image share.
+    This is PointRend's sampling (arXiv 1912.08193) from candidates that all masks of an image share.
 
     Args:
-        logits: (T, S), mask logits at the S candidate points of each mask's image.
-        num_points: points to use of each mask. importance_ratio: share of them that are the least certain ones.
-        segment_map: (B, S) ids at the candidates; the true mask of row t is where its image's ids equal segment[t].
-        weight: (B, S) validity. image, segment: (T,).
+        logits: (T, S), mask logits of T masks at the S candidate points of their images.
+        num_points: number of points to use per mask. importance_ratio: share of them that are the least certain ones.
+        segment_map: (B, S), segment ids at the candidates of each image.
+        weight: (B, S), 0 where a candidate is not valid.
+        image, segment: (T,), the image that each mask belongs to, and the id of the segment that it should be.
     Returns:
         two tensors (T,).
     """

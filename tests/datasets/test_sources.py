@@ -235,6 +235,20 @@ def test_user_masks_are_kept_if_valid_and_refused_if_not(run, assert_refused, da
     )
 
 
+def test_only_a_check_is_told_to_run_without_check(run, assert_refused, data_root):
+    """A user's mask that is older than its source is refused by a run that already is without --check."""
+    root = data_root / table_of("ade20k_train").folder
+    miniatures.ade20k(root)
+    argv = ("prepare_ade20k", "--partial", "--workers", 1)
+    source, mask = (
+        root / folder / "training/ADE_train_00000001.png" for folder in ("annotations", "annotations_detectron2")
+    )
+    indexed(mask, np.zeros(SIZE, np.uint8))
+    os.utime(mask, (0, 0))
+    assert_refused((f"{mask} already exists", f"({mask} is older than {source}); nothing was written"), *argv)
+    assert f"{mask} is older than {source}; run without --check to make it" in run(*argv, "--check").err
+
+
 def test_coco_masks_option_may_name_the_output_folder(assert_refused, data_root):
     root = data_root / "coco"
     miniatures.coco(root)

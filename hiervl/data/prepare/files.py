@@ -11,17 +11,17 @@ from PIL import Image
 from ...errors import UserError
 from ...utils.files import replace_file
 
-PARTIAL = ".tmp"  # a fixed suffix, so that what a killed process leaves can be found and removed
+PARTIAL = ".tmp"  # fixed, so that the files that a killed process leaves behind can be found and removed
 
 
 class WriteError(UserError):
-    """A file cannot be written. Ends the run, because the next file would most likely fail too."""
+    """A file cannot be written. This ends the run, because the next file would most likely fail, too."""
 
 
 def write_whole(path: str, content: bytes) -> None:
     """Writes a file as a whole or not at all; creates its folder.
 
-    The file is not forced to disk, unlike checkpoints: that would take hours for 10^5 masks, and a rerun validates
+    Unlike a checkpoint, the file is not synced to disk: for 10^5 masks that would take hours, and a rerun validates
     every mask anyway.
 
     Raises:
@@ -39,13 +39,13 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def remove_partial(path: str) -> None:
-    """Removes the partial file that a killed process was writing."""
+    """Removes the partial file that a killed process left behind."""
     with contextlib.suppress(OSError):
         os.remove(path + PARTIAL)
 
 
 def write_label(path: str, label: np.ndarray, palette: bytes | None = None) -> None:
-    """Writes ids (H, W) as a PNG: uint8 indexed with the colors of ``palette``, uint16 (instance maps) as grayscale."""
+    """Writes ids (H, W) as a PNG: uint8 with the colors of ``palette``, uint16 (instance maps) as grayscale."""
     image = Image.fromarray(label)
     if palette is not None:
         image = image.convert("P") if image.mode != "L" else _indexed(label)
@@ -66,14 +66,14 @@ def palette_of(colors: Iterable[tuple[int, int, int]], ignore_label: int) -> byt
 
 
 def list_line(image: str, mask: str = "") -> str:
-    """A line of a list; if a name has spaces, the names are separated by a tab."""
+    """A line of a list: names separated by a space, or by a tab if one of them contains spaces."""
     if any(c.isspace() for c in image + mask):
         return f"{image}\t{mask}"
     return f"{image} {mask}" if mask else image
 
 
 def write_lines(path: str, lines: Iterable[str]) -> None:
-    """Writes a text file whose every line ends in a newline."""
+    """Writes a text file; each line ends with a newline."""
     write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -93,5 +93,5 @@ def read_lines(path: str) -> list[str]:
 
 
 def _indexed(label: np.ndarray) -> Image.Image:
-    """An indexed image whose indices are the ids (H, W); ``convert("P")`` would quantize them."""
+    """An indexed image whose indices are the ids (H, W); ``convert("P")`` would change them."""
     return Image.frombytes("P", (label.shape[1], label.shape[0]), np.ascontiguousarray(label).tobytes())

@@ -19,9 +19,9 @@ class Job:
     Attributes:
         image: path of the image.
         mask: path of the mask to make; "" for an unlabeled image, which is only validated.
-        source: file that the mask is made from; a mask older than it is made again. "" if there is no such file, or
-            it never changes.
-        key: further information for the maker.
+        source: file that the mask is made from; a mask older than its source is made again. "" if there is no such
+            file, or if it never changes.
+        key: anything else that the maker needs to know.
         instances: path of the instance map to make; "" for none.
     """
 
@@ -38,7 +38,7 @@ class Outcome:
 
     Attributes:
         counts: int64 (256,), number of pixels per id.
-        made: whether the mask was made, rather than found.
+        made: whether the mask was made, rather than found in place.
         problem, note: one line, or "".
     """
 
@@ -48,21 +48,25 @@ class Outcome:
     note: str = ""
 
 
+class OutdatedError(UserError):
+    """A file to make is missing, or older than its source."""
+
+
 # (job, (H, W) of the image) -> ids uint8 (H, W), instance numbers uint16 (H, W) or None
 Maker = Callable[[Job, tuple[int, int]], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
 class MaskTask:
-    """Callable that processes a job: ``task(job)`` returns an :class:`Outcome`.
+    """Processes a job: ``task(job)`` returns an :class:`Outcome`.
 
     Valid masks are kept, so that an interrupted preparation can be continued.
 
     Attributes:
-        make: the dataset's maker.
+        make: makes the mask of a job.
         num_classes, ignore_label: the valid ids are 0 to num_classes - 1, and ignore_label.
         palette: colors of the PNGs, 256 x (R, G, B).
-        check: make nothing; report missing and wrong masks as problems.
+        check: make nothing; report masks that are missing, outdated or invalid as problems.
     """
 
     make: Maker
@@ -84,14 +88,16 @@ class MaskTask:
             return Outcome(np.bincount(label.ravel(), minlength=256), made, note=note)
         except WriteError:
             raise
+        except OutdatedError as error:  # raised with `check` only; otherwise the file is made
+            return Outcome(problem=f"{error}; run without --check to make it")
         except UserError as error:
             return Outcome(problem=str(error))
 
     def objection(self, job: Job) -> str:
-        """Why an existing mask would be overwritten; "" if it would be kept."""
+        """The reason why an existing mask would be overwritten; "" if it would be kept."""
         try:
             size, _ = inspect_image(job.image)
-        except UserError as error:  # without an image no mask is made, unless the image is yet to be written
+        except UserError as error:  # an image that does not exist yet is written before its mask
             return "" if os.path.exists(job.image) else str(error)
         try:
             replace(self, check=True)._find(job, size)
@@ -114,6 +120,7 @@ class MaskTask:
             return None
 
     def _make(self, job: Job, size: tuple[int, int]) -> np.ndarray:
+        """Makes the mask, uint8 (H, W), and writes it."""
         label, instances = self.make(job, size)
         check_label(label, job.source or job.mask, job.image, size, self.num_classes, self.ignore_label)
         if job.instances:
@@ -146,9 +153,9 @@ class Remap:
 
 
 def _check_age(job: Job) -> None:
-    """Raises UserError if a file to make is missing, or older than its source."""
+    """Raises OutdatedError if a file to make is missing, or older than its source."""
     for path in filter(None, (job.mask, job.instances)):
         if not os.path.exists(path):
-            raise UserError(f"{path} is missing; run without --check to make it")
+            raise OutdatedError(f"{path} is missing")
         if job.source and os.path.exists(job.source) and os.path.getmtime(job.source) > os.path.getmtime(path):
-            raise UserError(f"{path} is older than {job.source}; run without --check to make it again")
+            raise OutdatedError(f"{path} is older than {job.source}")

@@ -1,4 +1,4 @@
-"""Maps a function over many items with several processes, in order, with a progress bar."""
+"""Applies a function to many items in several processes, with the results in order and a progress bar."""
 
 import multiprocessing
 import os
@@ -26,10 +26,10 @@ def parallel(work: Callable, items: Sequence, workers: int, title: str) -> Itera
         work: picklable function; sent to each worker once.
         items: picklable, unless ``workers`` is 1.
         workers: number of processes; with 1, the work is done in this process.
-        title: of the progress bar, which is shown on terminals only.
+        title: title of the progress bar, which is shown only on a terminal.
 
     Raises:
-        UserError: a worker was killed; or whatever ``work`` raises.
+        UserError: a worker was killed. What ``work`` raises is passed on.
     """
     with tqdm(total=len(items), desc=title, unit="img", disable=None) as bar:
         for result in _results(work, items, min(workers, len(items))):

@@ -1,7 +1,7 @@
 """Backbones: image (B, 3, H, W) -> {"res2": (B, C, H/4, W/4), ..., "res5": (B, C, H/32, W/32)}.
 
-Detectron2's ResNets come from Detectron2 itself (`build_resnet_backbone`). The backbones in this package register
-themselves in its BACKBONE_REGISTRY, so that MODEL.BACKBONE.NAME selects among all of them.
+Importing this package registers its backbones in Detectron2's BACKBONE_REGISTRY, beside Detectron2's own ResNets
+(`build_resnet_backbone`); MODEL.BACKBONE.NAME selects one of them.
 """
 
 from .build import build_backbone
