@@ -7,7 +7,7 @@ import detectron2.modeling.backbone.resnet as d2_resnet
 import pytest
 from detectron2.config import CfgNode
 
-from hiervl.config import RENAMED, config_keys, load_config
+from hiervl.config import RENAMED, config_keys, load_config, read_config_file
 from hiervl.config.validate import CHOICES, FILTER_NEEDS
 from hiervl.errors import UserError
 
@@ -164,6 +164,8 @@ def test_no_config_runs_code(tmp_path, tag, place):
         ("? [1, 2]\n: 3", "mine.yaml: "),
         ("1: 2", "mine.yaml: "),
         ("MODEL: 3", "mine.yaml: "),
+        ("SEED: 1\nSEED: 2", "'SEED' is given twice in .*mine.yaml.*line 2"),
+        ("SOLVER: {MAX_ITER: 1, MAX_ITER: 1}", "'MAX_ITER' is given twice"),
     ],
 )
 def test_what_is_no_config_ends_in_one_line(tmp_path, content, message):
@@ -173,6 +175,13 @@ def test_what_is_no_config_ends_in_one_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         load_config(str(path), [])
     assert "\n" not in str(error.value)
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    lines = ["MODEL:", "  HSQG: &a {ENABLED: True, TOP_K: 3}", "  CMSAM: {<<: *a, ENABLED: False}"]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    content = read_config_file(str(tmp_path / "mine.yaml"))
+    assert content["MODEL"]["CMSAM"] == {"ENABLED": False, "TOP_K": 3}
 
 
 def test_later_bases_and_the_file_itself_win(tmp_path):

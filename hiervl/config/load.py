@@ -74,13 +74,26 @@ def read_config_file(path: str, derived: tuple = ()) -> dict:
     return result
 
 
+class _SafeLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a key that is given twice: YAML would silently take the later one."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def _read_yaml(path, derived):
     if not os.path.isfile(path):
         what = f"{BASE_KEY} of {os.path.basename(derived[-1])}" if derived else "--config-file"
         raise UserError(f"{path}: no such config file ({what}); the ones that come with HierVL are in configs/.")
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _SafeLoader)
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{path}: holds more than plain values ({error.problem}), which HierVL does not load since it "

@@ -101,7 +101,7 @@ class SemiSupervisedBatches(Dataset):
             raise UserError(f"SEED is {cfg.SEED}; it must be 0 or more, because every random draw depends on it")
         if len(cfg.DATASETS.TRAIN) != 1:
             raise UserError(f"DATASETS.TRAIN is {cfg.DATASETS.TRAIN}; name exactly one dataset")
-        labeled, unlabeled = _split_from_config(cfg)
+        labeled, unlabeled = split_from_config(cfg)
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         num_classes, ignore = len(metadata.stuff_classes), metadata.ignore_label
         mapper = TrainMapper(cfg, ignore_label=ignore, first_instance=table_of(cfg.DATASETS.TRAIN[0]).first_instance)
@@ -193,8 +193,12 @@ def _order(seed: int, epoch: int, length: int, stream: str) -> np.ndarray:
     return rng(seed, epoch, 0, stream).permutation(np.arange(length, dtype=np.int32))
 
 
-def _split_from_config(cfg) -> tuple[PackedIndex, PackedIndex]:
-    """Loads (labeled, unlabeled) as configured by DATASETS."""
+def split_from_config(cfg) -> tuple[PackedIndex, PackedIndex]:
+    """Loads (labeled, unlabeled) as configured by DATASETS.
+
+    Raises:
+        UserError: DATASETS.SPLIT is empty, or a folder or list is missing or broken.
+    """
     name = cfg.DATASETS.TRAIN[0]
     if not cfg.DATASETS.SPLIT:
         raise UserError("DATASETS.SPLIT is empty; name a folder under DATASETS.SPLIT_ROOT, such as camvid/seed0/23")

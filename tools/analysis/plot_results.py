@@ -274,17 +274,21 @@ def run_curves(folders: list, metric: str, model: str, dataset: str) -> Figure:
         raise UserError(
             f"--runs: evaluated on different datasets ({', '.join(dict.fromkeys(names))}); choose one with --dataset."
         )
+    return run_panel(curves, metric, f"{names[0]}, {model}", [value for curve in curves for value in curve.values])
+
+
+def run_panel(curves: list, metric: str, title: str, values: list) -> Figure:
+    """One panel with the names of the curves at its right; the vertical axis covers `values`."""
     margin = 0.6 + 0.08 * max(len(curve.label) + 5 for curve in curves)  # inches for the names at the right
     width, height = 6 + margin, max(4, 0.2 * len(curves) + 1.5)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0.8 / width, 0.6 / height, 1 - (0.8 + margin) / width, 1 - 1.1 / height))
     _bare(axes)
-    values = [value for curve in curves for value in curve.values]
     border = 0.06 * (max(values) - min(values)) or 1
     axes.set(ylim=(min(values) - border, max(values) + border))
     axes.set_xlabel("student iteration", fontsize=11)
     axes.set_ylabel(metric, fontsize=11)
-    axes.set_title(f"{names[0]}, {model}", fontsize=13, loc="left", fontweight="bold")
+    axes.set_title(title, fontsize=13, loc="left", fontweight="bold")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw_curves(axes, curves, 1 if border > 0.1 else 2)
     return figure
