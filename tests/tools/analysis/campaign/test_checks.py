@@ -57,11 +57,11 @@ def test_a_folder_with_something_else(write):
     folders(campaign)  # empty
     with open(os.path.join(campaign.trainings[0].folder, "photo.jpg"), "w"):
         pass
-    with pytest.raises(UserError, match="plain/seed_0 is already exists .* output in .*test.yaml"):
+    with pytest.raises(UserError, match="plain/seed_0 already exists .* output in .*test.yaml"):
         folders(campaign)
     with open(campaign.trainings[0].log, "w"):
         pass
-    with pytest.raises(UserError, match="campaign.log is already exists"):
+    with pytest.raises(UserError, match="campaign.log already exists"):
         folders(campaign)
 
 
@@ -81,5 +81,5 @@ def test_tables_of_another_hand(write, name):
     os.makedirs(campaign.output)
     with open(os.path.join(campaign.output, name), "w"):
         pass
-    with pytest.raises(UserError, match=f"{name} is already exists"):
+    with pytest.raises(UserError, match=f"{name} already exists"):
         folders(campaign)
