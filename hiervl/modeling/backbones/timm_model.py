@@ -93,7 +93,7 @@ class TimmBackbone(Backbone):
 
     def checkpoint_activations(self):
         """Compute the activations of the blocks again in the backward pass instead of keeping them."""
-        self.body.set_grad_checkpointing(True)
+        getattr(self.body, "model", self.body).set_grad_checkpointing(True)  # a ViT is wrapped once more
 
     def output_shape(self):
         return dict(self._shape)

@@ -133,3 +133,22 @@ def test_unknown_names_are_refused():
         TimmBackbone(name="resnet99")
     with pytest.raises(UserError, match="MODEL.BACKBONE.NAME.*MobileNetV2"):
         build_backbone(load_config("", ["MODEL.BACKBONE.NAME", "MobileNet"]))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "resnet10t"])
+def test_checkpointing_activations_keeps_fewer_and_changes_no_gradient(name):
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name=name).eval()
+    image, results = torch.randn(2, 3, 64, 64), []
+    for _ in range(2):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = sum(value.square().mean() for value in backbone(image).values())
+        backbone.zero_grad()
+        loss.backward()
+        results.append((sum(kept), {key: p.grad.clone() for key, p in backbone.named_parameters()}))
+        backbone.checkpoint_activations()
+    (kept, expected), (kept_less, gradients) = results
+    assert kept_less < 0.8 * kept
+    for key, value in expected.items():
+        torch.testing.assert_close(gradients[key], value, msg=key)

@@ -21,7 +21,7 @@ def test_what_each_training_gets(write):
         "plain/seed_1",
         "other/seed_1",
     ]
-    assert campaign.runs == ["plain", "other"] and campaign.jobs == 4 and campaign.data_set == "shapes_val"
+    assert campaign.runs == ["plain", "other"] and campaign.jobs == 4 and campaign.dataset == "shapes_val"
     plain, other = campaign.trainings[:2]
     assert plain.iterations == 6 and plain.cfg.SEMI.UNLABELED_PER_BATCH == 0
     assert other.iterations == 9 and other.cfg.SEMI.UNLABELED_PER_BATCH == 8  # of its own config
