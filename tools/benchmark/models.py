@@ -24,6 +24,7 @@ from detectron2.modeling import build_model
 from scipy.optimize import linear_sum_assignment
 
 from hiervl.config import load_config
+from hiervl.losses.matcher import Matches
 from hiervl.ops.function import reference_path
 from hiervl.semi.solver import build_optimizer
 
@@ -51,15 +52,18 @@ class PerImageMatcher:
 
     @torch.no_grad()
     def __call__(self, class_logits, mask_logits, segments, weight, labels):
-        matched = []
-        for layer in range(len(class_logits)):
-            for image, classes in enumerate(labels):
+        pairs, counts = [], []
+        for image, classes in enumerate(labels):
+            before = len(pairs)
+            for layer in range(len(class_logits)):
                 cost = self._cost(
                     class_logits[layer, image], mask_logits[layer, image], segments[image], weight[image], classes
                 )
-                pairs = zip(*linear_sum_assignment(cost.cpu().numpy()))
-                matched += [(layer, image, query, segment) for query, segment in pairs]
-        return torch.tensor(matched, dtype=torch.long).view(-1, 4).to(class_logits.device).unbind(1)
+                matched = zip(*linear_sum_assignment(cost.cpu().numpy()))
+                pairs += [(layer, image, query, segment) for query, segment in matched]
+            counts.append(len(pairs) - before)
+        table = torch.tensor(pairs, dtype=torch.long).view(-1, 4).to(class_logits.device)
+        return Matches(*table.unbind(1), counts=counts)
 
     def _cost(self, class_logits, mask_logits, segments, weight, classes):
         """(N, K+1), (N, P), (P,), (P,), (M,) -> (N, M)."""
@@ -120,11 +124,15 @@ class Bench:
         self.inputs = make_inputs(batch or own_batch, self.size, self.classes)
         self.images = torch.stack([x["image"] for x in self.inputs]).float()
 
+    def loss(self) -> torch.Tensor:
+        """Sum of the losses of the batch, of every kind of image."""
+        return sum(value for of_kind in self.model(self.inputs).values() for value in of_kind.values())
+
     def step(self) -> None:
         """A training step on labeled images: losses, gradients, clipping, AdamW."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sum(sum(losses.values()) for losses in self.model(self.inputs).values()).backward()
+        self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.SOLVER.CLIP_NORM)
         self.optimizer.step()
 
@@ -190,24 +198,37 @@ def make_inputs(batch: int, size: int, classes: int) -> list[dict]:
 
 
 @contextlib.contextmanager
-def stage_times(model: torch.nn.Module, times: dict[str, float]) -> Iterator[None]:
-    """Add up in `times` the seconds that each child of the network takes forward."""
-    started, handles = {}, []
+def stage_marks(model: torch.nn.Module, mark: Callable[[], object]) -> Iterator[list[tuple[str, object, object]]]:
+    """A list that gets (name, mark before, mark after) of each forward pass of each child of the network.
+
+    Args:
+        mark: a clock, or a function that records an event of a GPU.
+    """
+    marks, started, handles = [], {}, []
 
     def before(name: str, *_):
-        started[name] = time.perf_counter()
+        started[name] = mark()
 
     def after(name: str, *_):
-        times[name] = times.get(name, 0.0) + time.perf_counter() - started[name]
+        marks.append((name, started[name], mark()))
 
     for name, child in model.named_children():
         handles.append(child.register_forward_pre_hook(functools.partial(before, name)))
         handles.append(child.register_forward_hook(functools.partial(after, name)))
     try:
-        yield
+        yield marks
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def stage_times(model: torch.nn.Module, times: dict[str, float]) -> Iterator[None]:
+    """Add up in `times`, at the end of the block, the seconds that each child of the network took forward."""
+    with stage_marks(model, time.perf_counter) as marks:
+        yield
+    for name, before, after in marks:
+        times[name] = times.get(name, 0.0) + after - before
 
 
 def peak_memory(network: str, call: str) -> dict[str, float]:

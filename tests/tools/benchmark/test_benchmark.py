@@ -21,10 +21,11 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_table():
-    from tools.benchmark import common
+    from tools.benchmark import tables
 
     rows = [{"name": "x", "ms": 1.23456}, {"name": "y", "ms": 1234.5}]
-    assert common.markdown_table(rows).splitlines() == ["| name | ms |", "|---|---|", "| x | 1.23 |", "| y | 1234 |"]
+    assert tables.markdown_table(rows).splitlines() == ["| name | ms |", "|---|---|", "| x | 1.23 |", "| y | 1234 |"]
+    assert tables.markdown_table([{"either": "1|2"}]).splitlines()[2] == r"| 1\|2 |"
 
 
 def test_operations_and_bytes():
@@ -61,8 +62,11 @@ def test_the_matcher_per_image_finds_the_same_pairs():
         (segments >= 0).float(),
         [torch.tensor([0, 2, 3]), torch.tensor([1, 2, 2])],
     )
-    pairs = [set(zip(*(x.tolist() for x in matcher(*arguments)[:4]))) for matcher in (own, PerImageMatcher(own))]
-    assert pairs[0] == pairs[1] and len(pairs[0]) == 3 * 2 * 3
+    matches = [matcher(*arguments) for matcher in (own, PerImageMatcher(own))]
+    pairs = [list(zip(*(x.tolist() for x in found[:4]))) for found in matches]
+    assert set(pairs[0]) == set(pairs[1]) and len(pairs[0]) == 3 * 2 * 3
+    assert matches[0].counts == matches[1].counts == [3 * 3, 3 * 3]
+    assert [image for _, image, *_ in pairs[1]] == 9 * [0] + 9 * [1]  # the criterion splits them by image
 
 
 def test_both_paths_do_the_same_work():
@@ -85,6 +89,20 @@ def test_both_paths_do_the_same_work():
     torch.testing.assert_close(bench.reference_predict(), scores, rtol=1e-3, atol=1e-4)
 
 
+def test_the_parts_of_a_step_add_up_to_a_step():
+    from tools.benchmark import step
+    from tools.benchmark.models import Bench
+
+    bench = Bench("camvid_23", size=64, batch=1)
+    before = {name: value.clone() for name, value in bench.model.named_parameters()}
+    times = step._one_step(bench)
+    assert {"forward: backbone", "forward: criterion", "forward: rest", "backward", "clipping, AdamW"} < set(times)
+    assert all(seconds > 0 for seconds in times.values())
+    # AdamW changes every weight that a gradient reached.
+    moved = [name for name, value in bench.model.named_parameters() if not torch.equal(value, before[name])]
+    assert any(name.startswith("backbone.") for name in moved) and any(name.startswith("decoder.") for name in moved)
+
+
 def test_counting_as_numpy_does():
     from tools.benchmark import evaluation as bench
 
@@ -105,6 +123,7 @@ def test_every_part_has_its_module():
         "step",
         "inference",
         "matcher",
+        "memory",
         "evaluation",
         "scaling",
         "prepare",
