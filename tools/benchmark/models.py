@@ -24,6 +24,7 @@ from detectron2.modeling import build_model
 from scipy.optimize import linear_sum_assignment
 
 from hiervl.config import load_config
+from hiervl.losses.matcher import Matches
 from hiervl.ops.function import reference_path
 from hiervl.semi.solver import build_optimizer
 
@@ -51,15 +52,18 @@ class PerImageMatcher:
 
     @torch.no_grad()
     def __call__(self, class_logits, mask_logits, segments, weight, labels):
-        matched = []
-        for layer in range(len(class_logits)):
-            for image, classes in enumerate(labels):
+        pairs, counts = [], []
+        for image, classes in enumerate(labels):
+            before = len(pairs)
+            for layer in range(len(class_logits)):
                 cost = self._cost(
                     class_logits[layer, image], mask_logits[layer, image], segments[image], weight[image], classes
                 )
-                pairs = zip(*linear_sum_assignment(cost.cpu().numpy()))
-                matched += [(layer, image, query, segment) for query, segment in pairs]
-        return torch.tensor(matched, dtype=torch.long).view(-1, 4).to(class_logits.device).unbind(1)
+                matched = zip(*linear_sum_assignment(cost.cpu().numpy()))
+                pairs += [(layer, image, query, segment) for query, segment in matched]
+            counts.append(len(pairs) - before)
+        table = torch.tensor(pairs, dtype=torch.long).view(-1, 4).to(class_logits.device)
+        return Matches(*table.unbind(1), counts=counts)
 
     def _cost(self, class_logits, mask_logits, segments, weight, classes):
         """(N, K+1), (N, P), (P,), (P,), (M,) -> (N, M)."""
@@ -120,11 +124,15 @@ class Bench:
         self.inputs = make_inputs(batch or own_batch, self.size, self.classes)
         self.images = torch.stack([x["image"] for x in self.inputs]).float()
 
+    def loss(self) -> torch.Tensor:
+        """Sum of the losses of the batch, of every kind of image."""
+        return sum(value for of_kind in self.model(self.inputs).values() for value in of_kind.values())
+
     def step(self) -> None:
         """A training step on labeled images: losses, gradients, clipping, AdamW."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sum(sum(losses.values()) for losses in self.model(self.inputs).values()).backward()
+        self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.SOLVER.CLIP_NORM)
         self.optimizer.step()
 

@@ -61,8 +61,11 @@ def test_the_matcher_per_image_finds_the_same_pairs():
         (segments >= 0).float(),
         [torch.tensor([0, 2, 3]), torch.tensor([1, 2, 2])],
     )
-    pairs = [set(zip(*(x.tolist() for x in matcher(*arguments)[:4]))) for matcher in (own, PerImageMatcher(own))]
-    assert pairs[0] == pairs[1] and len(pairs[0]) == 3 * 2 * 3
+    matches = [matcher(*arguments) for matcher in (own, PerImageMatcher(own))]
+    pairs = [list(zip(*(x.tolist() for x in found[:4]))) for found in matches]
+    assert set(pairs[0]) == set(pairs[1]) and len(pairs[0]) == 3 * 2 * 3
+    assert matches[0].counts == matches[1].counts == [3 * 3, 3 * 3]
+    assert [image for _, image, *_ in pairs[1]] == 9 * [0] + 9 * [1]  # the criterion splits them by image
 
 
 def test_both_paths_do_the_same_work():
@@ -83,6 +86,20 @@ def test_both_paths_do_the_same_work():
     scores = bench.grid_sample_predict()
     assert scores.shape == (11, 64, 64) and len(losses) == 3
     torch.testing.assert_close(bench.reference_predict(), scores, rtol=1e-3, atol=1e-4)
+
+
+def test_the_parts_of_a_step_add_up_to_a_step():
+    from tools.benchmark import step
+    from tools.benchmark.models import Bench
+
+    bench = Bench("camvid_23", size=64, batch=1)
+    before = {name: value.clone() for name, value in bench.model.named_parameters()}
+    times = step._one_step(bench)
+    assert {"forward: backbone", "forward: criterion", "forward: rest", "backward", "clipping, AdamW"} < set(times)
+    assert all(seconds > 0 for seconds in times.values())
+    # AdamW changes every weight that a gradient reached.
+    moved = [name for name, value in bench.model.named_parameters() if not torch.equal(value, before[name])]
+    assert any(name.startswith("backbone.") for name in moved) and any(name.startswith("decoder.") for name in moved)
 
 
 def test_counting_as_numpy_does():
