@@ -18,7 +18,7 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from tools.benchmark import common
+from tools.benchmark import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,8 +57,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     command = shlex.join(["python", *sys.argv])
     for name in PARTS if options.part == "all" else [options.part]:
-        tables, facts = importlib.import_module(f"tools.benchmark.{name}").run(options)
-        common.report(name, command, tables, facts, options.output)
+        results, facts = importlib.import_module(f"tools.benchmark.{name}").run(options)
+        tables.report(name, command, results, facts, options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""What the benchmarks share: interleaved timing, what the machine can do, and the report."""
+"""What the benchmarks share: interleaved timing, and what the machine can do."""
 
-import json
 import multiprocessing
 import platform
 import statistics
@@ -125,36 +124,3 @@ def processor_name() -> str:
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.exists() else []  # fmt: skip
     return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; the keys of the first row are its columns."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row[column]) for column in columns) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    """Three digits, or all those before the point."""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def report(title: str, command: str, tables: dict[str, list[dict]], facts: dict, folder: Path) -> None:
-    """Print the tables and write ``<title>.json`` and ``<title>.md`` into ``folder``."""
-    lines = [f"# {title}", "", f"`{command}`", ""]
-    lines += [", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()), ""]
-    for name, rows in tables.items():
-        lines += [f"## {name}", "", markdown_table(rows), ""]
-    text = "\n".join(lines)
-    print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{title}.md").write_text(text)
-    (folder / f"{title}.json").write_text(
-        json.dumps({"command": command, "machine": facts, "tables": tables}, indent=1)
-    )

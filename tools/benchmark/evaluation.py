@@ -101,20 +101,24 @@ def timed(times: dict[str, np.ndarray]) -> Iterator[None]:
         yield
 
 
-def evaluate(images: int) -> dict:
-    """Seconds of each part, and megabytes after a tenth of the images and after all. Linux only."""
+def evaluate(images: int, device: str = "cpu", distinct: int = DISTINCT) -> dict:
+    """Seconds of each part, and megabytes after a tenth of the images and after all. Linux only.
+
+    Args:
+        images: how many to evaluate, of `distinct` different ones. device: where the network leaves its scores.
+    """
     times: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
-        labels = [make_label(seed) for seed in range(DISTINCT)]
-        paths = [f"{folder}/{seed}.png" for seed in range(DISTINCT)]
+        labels = [make_label(seed) for seed in range(distinct)]
+        paths = [f"{folder}/{seed}.png" for seed in range(distinct)]
         for label, path in zip(labels, paths):
             Image.fromarray(label).save(path)
-        scores = [make_scores(label) for label in labels[:2]]
+        scores = [make_scores(label).to(device) for label in labels[:2]]
         scorer = SegmentationEvaluator([f"class {k}" for k in range(CLASSES)], ignore_label=IGNORE)
         resident, started = {}, clocks()
         with timed(times):
             for i in range(images):
-                scorer.process([{"sem_seg_file_name": paths[i % DISTINCT]}], [{"sem_seg": scores[i % 2]}])
+                scorer.process([{"sem_seg_file_name": paths[i % distinct]}], [{"sem_seg": scores[i % len(scores)]}])
                 if i + 1 in (max(images // 10, 1), images):
                     resident[i + 1] = common.resident("VmRSS")
         whole = clocks() - started

@@ -198,24 +198,37 @@ def make_inputs(batch: int, size: int, classes: int) -> list[dict]:
 
 
 @contextlib.contextmanager
-def stage_times(model: torch.nn.Module, times: dict[str, float]) -> Iterator[None]:
-    """Add up in `times` the seconds that each child of the network takes forward."""
-    started, handles = {}, []
+def stage_marks(model: torch.nn.Module, mark: Callable[[], object]) -> Iterator[list[tuple[str, object, object]]]:
+    """A list that gets (name, mark before, mark after) of each forward pass of each child of the network.
+
+    Args:
+        mark: a clock, or a function that records an event of a GPU.
+    """
+    marks, started, handles = [], {}, []
 
     def before(name: str, *_):
-        started[name] = time.perf_counter()
+        started[name] = mark()
 
     def after(name: str, *_):
-        times[name] = times.get(name, 0.0) + time.perf_counter() - started[name]
+        marks.append((name, started[name], mark()))
 
     for name, child in model.named_children():
         handles.append(child.register_forward_pre_hook(functools.partial(before, name)))
         handles.append(child.register_forward_hook(functools.partial(after, name)))
     try:
-        yield
+        yield marks
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def stage_times(model: torch.nn.Module, times: dict[str, float]) -> Iterator[None]:
+    """Add up in `times`, at the end of the block, the seconds that each child of the network took forward."""
+    with stage_marks(model, time.perf_counter) as marks:
+        yield
+    for name, before, after in marks:
+        times[name] = times.get(name, 0.0) + after - before
 
 
 def peak_memory(network: str, call: str) -> dict[str, float]:

@@ -20,8 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=512, help="side of the image; levels have strides 32, 16 and 8")
 
 
-def make_inputs(batch: int, size: int, dtype: torch.dtype = torch.float32) -> dict:
-    """What an encoder layer hands over: one query for each pixel of each level, looking around itself."""
+def make_inputs(batch: int, size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+    """What an encoder layer hands over: one query for each pixel of each level, looking around itself.
+
+    The numbers do not depend on the device.
+    """
     random = torch.Generator().manual_seed(0)
     shapes = [(math.ceil(size / stride),) * 2 for stride in STRIDES]
     grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
@@ -34,14 +37,20 @@ def make_inputs(batch: int, size: int, dtype: torch.dtype = torch.float32) -> di
     locations = centers[None, :, None, None, None] + offsets / torch.tensor([[w, h] for h, w in shapes])[:, None]
     weights = torch.randn(batch, rows, HEADS, len(shapes) * POINTS, generator=random).softmax(-1)
     value = torch.randn(batch, rows, HEADS, WIDTH // HEADS, generator=random).to(dtype)
+    weights = weights.view(batch, rows, HEADS, len(shapes), POINTS)
     return {
-        "value": value.requires_grad_(),
+        "value": value.to(device).requires_grad_(),
         "spatial_shapes": shapes,
         "level_start": [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))],
-        "sampling_locations": locations.requires_grad_(),
-        "attention_weights": weights.view(batch, rows, HEADS, len(shapes), POINTS).requires_grad_(),
-        "grad_output": torch.randn(batch, rows, WIDTH, generator=random).to(dtype),
+        "sampling_locations": locations.to(device).requires_grad_(),
+        "attention_weights": weights.to(device).requires_grad_(),
+        "grad_output": torch.randn(batch, rows, WIDTH, generator=random).to(device, dtype),
     }
+
+
+def leaves(inputs: dict) -> list[torch.Tensor]:
+    """The inputs that have a gradient."""
+    return [inputs[name] for name in ("value", "sampling_locations", "attention_weights")]
 
 
 def forward(inputs: dict) -> None:
@@ -51,8 +60,7 @@ def forward(inputs: dict) -> None:
 
 def forward_backward(inputs: dict) -> None:
     output = ms_deform_attn(**{name: item for name, item in inputs.items() if name != "grad_output"})
-    leaves = [inputs[name] for name in ("value", "sampling_locations", "attention_weights")]
-    torch.autograd.grad(output, leaves, inputs["grad_output"])
+    torch.autograd.grad(output, leaves(inputs), inputs["grad_output"])
 
 
 PASSES: dict[str, Callable[[dict], None]] = {"forward": forward, "forward + backward": forward_backward}

@@ -21,10 +21,11 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_table():
-    from tools.benchmark import common
+    from tools.benchmark import tables
 
     rows = [{"name": "x", "ms": 1.23456}, {"name": "y", "ms": 1234.5}]
-    assert common.markdown_table(rows).splitlines() == ["| name | ms |", "|---|---|", "| x | 1.23 |", "| y | 1234 |"]
+    assert tables.markdown_table(rows).splitlines() == ["| name | ms |", "|---|---|", "| x | 1.23 |", "| y | 1234 |"]
+    assert tables.markdown_table([{"either": "1|2"}]).splitlines()[2] == r"| 1\|2 |"
 
 
 def test_operations_and_bytes():
