@@ -5,14 +5,14 @@ ARGS       ?=
 PY         := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install ops demo test lint format bench clean distclean
+.PHONY: help install ops demo test lint format bench gpu-check clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.11        Python to create .venv with (3.10 or newer)"
 	@echo "  DETECTRON2=wheel|git     source of Detectron2 (tools/README.md)"
-	@echo "  ARGS='...'               passed on to the command of demo, test, lint, format or bench"
+	@echo "  ARGS='...'               passed on to the command of demo, test, lint, format, bench or gpu-check"
 
 install:  ## create .venv, or update it if anything changed
 	@$(PYTHON) tools/setup/install.py $(if $(DETECTRON2),--detectron2 $(DETECTRON2))
@@ -35,6 +35,9 @@ format: install  ## format the code with ruff
 
 bench: install  ## run the benchmarks of docs/PERFORMANCE.md (ARGS=op runs one part)
 	$(PY) -m tools.benchmark $(ARGS)
+
+gpu-check: install  ## check training on a GPU, and time it, in 8 minutes (ARGS=--quick: without the timings)
+	$(PY) -m tools.gpu_check $(ARGS)
 
 clean:  ## remove caches, outputs and compiled kernels, but keep .venv
 	rm -rf output .pytest_cache .ruff_cache hiervl/ops/*.so

@@ -58,13 +58,17 @@ def run_parts(
 
 
 def choose(names: str, quick: bool) -> list[Part]:
-    """The parts named, in their order; all if none is named, but for the benchmarks if it must be quick."""
+    """The parts named, in their order; all if none is named, but for the benchmarks if it must be quick.
+
+    The first one always runs: results without the card's name are worth little.
+    """
     wanted = [name for name in names.split(",") if name]
     unknown = set(wanted) - {part.name for part in PARTS}
     if unknown:
         known = ", ".join(part.name for part in PARTS)
         raise SystemExit(f"error: --parts: there is no part {', '.join(sorted(unknown))}; there are {known}.")
-    return [part for part in PARTS if (part.name in wanted if wanted else not (quick and part.benchmark))]
+    chosen = wanted or [part.name for part in PARTS if not (quick and part.benchmark)]
+    return [part for part in PARTS if part.name in chosen or part is PARTS[0]]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,12 +81,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_for_gpu() -> None:
+    """
+    Raises:
+        SystemExit: torch finds no GPU.
+    """
+    import torch  # not needed otherwise: the parts run in a process of their own
+
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"error: --device: torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; "
+            "see whether nvidia-smi does, or exercise the check itself with --device cpu."
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the parts and report. Returns the exit status."""
     end = time.monotonic()
     options = make_parser().parse_args(arguments)
     end += 60 * options.minutes
     parts = choose(options.parts, options.quick)
+    if options.device == "cuda":
+        check_for_gpu()
     settings = Settings(options.device, options.output.resolve())
     settings.output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "tools.gpu_check", *(sys.argv[1:] if arguments is None else arguments)])

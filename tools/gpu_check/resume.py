@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hiervl.semi.trainer import SemiSupervisedTrainer
+
 from . import shapes_run
 from .findings import ROOT, Findings, Settings
 
@@ -16,14 +18,14 @@ _WAIT = 0.02  # seconds between two looks at the run's folder
 
 
 def run(settings: Settings, findings: Findings) -> None:
-    iterations, period = (10, 2) if settings.tiny else (80, 10)
+    iterations, period = (8, 2) if settings.tiny else (80, 10)
     with shapes_run.shapes_folder() as folder:
         output = folder / "run"
         pairs = shapes_run.overrides(settings, output, iterations, "SOLVER.CHECKPOINT_PERIOD", period)
         status = kill_after_first_checkpoint(pairs, output, findings)
         findings.check("the run was killed before its end", status == -signal.SIGKILL, status, -signal.SIGKILL)
         checkpoint = torch.load(last_checkpoint(output), weights_only=True, map_location="cpu")
-        trainer = shapes_run.make_trainer(pairs)
+        trainer = shapes_run.make_trainer(pairs, SemiSupervisedTrainer)
         trainer.resume_or_load(True)
         findings.check(
             "it continues after its last checkpoint",
@@ -77,7 +79,7 @@ def differences(state, saved, name: str = "") -> list[str]:
         return [] if torch.equal(state.cpu(), saved.cpu()) else [name]
     if isinstance(state, dict):
         missing = [f"{name}.{key}" for key in state.keys() ^ saved.keys()]
-        shared = state.keys() & saved.keys()
+        shared = [key for key in state if key in saved]
         return missing + [bad for key in shared for bad in differences(state[key], saved[key], f"{name}.{key}")]
     if isinstance(state, (list, tuple)):
         if len(state) != len(saved):

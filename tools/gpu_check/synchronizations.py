@@ -13,15 +13,13 @@ from collections.abc import Iterator
 
 import torch
 
-from hiervl.semi.trainer import SemiSupervisedTrainer
-
 from . import shapes_run
 from .findings import ROOT, Findings, Settings
 
 _MESSAGE = "synchronizing CUDA operation"
 
 
-class WatchedTrainer(SemiSupervisedTrainer):
+class WatchedRun(shapes_run.ShortRun):
     """Keeps, of each iteration after burn-in but the last, the places at which the host waited.
 
     Attributes:
@@ -47,7 +45,7 @@ def run(settings: Settings, findings: Findings) -> None:
     iterations = 6 if settings.tiny else 16
     with shapes_run.shapes_folder() as folder:
         pairs = shapes_run.overrides(settings, folder / "run", iterations, "SOLVER.LOG_PERIOD", 1000)
-        trainer = shapes_run.make_trainer(pairs, WatchedTrainer)
+        trainer = shapes_run.make_trainer(pairs, WatchedRun)
         trainer.train()
     counts = [len(places) for places in trainer.waits]
     row = {"iterations": len(counts), "median": statistics.median(counts), "least": min(counts), "most": max(counts)}

@@ -123,6 +123,7 @@ def test_every_part_has_its_module():
         "step",
         "inference",
         "matcher",
+        "memory",
         "evaluation",
         "scaling",
         "prepare",

@@ -7,7 +7,8 @@ import pytest
 
 from tools.gpu_check import __main__ as check
 from tools.gpu_check import report
-from tools.gpu_check.findings import Settings
+from tools.gpu_check import tests as gpu_tests
+from tools.gpu_check.findings import Findings, Settings
 from tools.gpu_check.parts import PARTS, Part
 
 MODULES = {
@@ -66,7 +67,8 @@ def test_a_part_that_fails_does_not_stop_the_others(part, tmp_path, monkeypatch,
     assert (output / "logs" / "good.log").read_text() == "hello\n"
     printed = capsys.readouterr().out
     assert "ValueError: out of luck" in printed and "hello" not in printed
-    assert check.main(["--device", "cpu", "--parts", "good,impossible", "--output", str(output)]) == 0
+    monkeypatch.setattr(check, "PARTS", parts[3:5])
+    assert check.main(["--device", "cpu", "--parts", "good", "--output", str(output)]) == 0
 
 
 def test_time_limits(part, tmp_path):
@@ -104,7 +106,8 @@ def test_an_interruption_leaves_a_report(part, tmp_path, monkeypatch):
 def test_which_parts_run():
     names = [part.name for part in check.choose("", quick=True)]
     assert "parity" in names and "step_speed" not in names
-    assert [part.name for part in check.choose("step_speed,parity", quick=True)] == ["parity", "step_speed"]
+    names = [part.name for part in check.choose("step_speed,parity", quick=True)]
+    assert names == ["environment", "parity", "step_speed"]
     assert len(check.choose("", quick=False)) == len(PARTS)
     with pytest.raises(SystemExit, match="there is no part parties"):
         check.choose("parties", quick=False)
@@ -122,3 +125,43 @@ def test_the_checks_pass_on_a_cpu(tmp_path):
     assert waits["iterations"] == 2 and waits["most"] > 0  # the matching is solved on the host
     places = [row["place"] for row in found["synchronizations"]["tables"]["Places"]]
     assert any("losses/matcher.py" in place for place in places)
+
+
+def test_tests_that_fail_are_found(tmp_path, monkeypatch):
+    assert [path.name for path in gpu_tests.gpu_tests()] == ["test_ops_gpu.py"]
+    (tmp_path / "test_it.py").write_text("def test_a():\n    assert 1\n\ndef test_b():\n    assert 0\n")
+    monkeypatch.setattr(gpu_tests, "gpu_tests", lambda: [tmp_path / "test_it.py"])
+    events = []
+    gpu_tests.run(Settings("cpu", tmp_path), Findings(events.append, 60))
+    (row,), (check_,) = ([event[-1] for event in events if event[0] == kind] for kind in ("row", "check"))
+    assert (row["tests"], row["failures"], row["skipped"], check_["passed"]) == (2, 1, 0, False)
+
+
+def test_the_benchmarks_run_on_a_cpu(tmp_path):
+    parts = ["kernel_speed", "step_speed", "inference_speed", "evaluation_speed"]
+    assert check.main(["--device", "cpu", "--parts", ",".join(parts), "--output", str(tmp_path)]) == 0
+    found = {item["part"]: item for item in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]}
+    assert [item["status"] for item in found.values()] == ["passed"] + 4 * ["measured"]
+    kernel = found["kernel_speed"]["tables"]["Deformable attention"]
+    assert [(row["type"], row["pass"]) for row in kernel[:2]] == [
+        ("float32", "forward"),
+        ("float32", "forward + backward"),
+    ]
+    assert len(kernel) == 6 and kernel[1]["L2 bound ms"] == pytest.approx(3 * kernel[0]["L2 bound ms"])
+    tables = found["step_speed"]["tables"]
+    assert [row["type"] for row in tables["Training step"]] == ["bfloat16", "TF32", "float32"]
+    assert all(row["images"] == "1 + 1 x 3" for row in tables["Training step"])
+    shares = {row["part"]: row["share %"] for row in tables["Parts of a step in bfloat16"]}
+    assert sum(shares.values()) == pytest.approx(100) and all(share > 0 for share in shares.values())
+    assert {"teacher, filters", "forward: backbone", "backward", "clipping, AdamW", "EMA"} < set(shares)
+    everything, own = tables["Kernels of a step in bfloat16"][:2]
+    assert everything["ms"] > own["ms"] > 0
+    assert len(found["inference_speed"]["tables"]["Inference"]) == 6
+    assert found["evaluation_speed"]["tables"]["Evaluation without the network"][0]["images/s"] > 0
+
+
+def test_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="finds no GPU"):
+        check.main(["--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
