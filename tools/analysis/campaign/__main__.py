@@ -1,13 +1,13 @@
 """Train several runs with several seeds, and compare them.
 
-    python -m tools.analysis.campaign configs/campaigns/camvid_23.yaml             # start, or go on
+    python -m tools.analysis.campaign configs/campaigns/camvid_23.yaml             # start or resume
     python -m tools.analysis.campaign configs/campaigns/camvid_23.yaml --jobs 3    # three trainings at a time
     python -m tools.analysis.campaign configs/campaigns/camvid_23.yaml --collect-only
 
 A campaign file names the runs:
 
     output: output/campaigns/camvid_23        # each training gets its folder in it: RUN/seed_0
-    config: configs/camvid_23_unimatch.yaml   # of every run that names no other
+    config: configs/camvid_23_unimatch.yaml   # default of the runs
     overrides: {SOLVER.MAX_ITER: 3000}        # config keys for all runs; "{seed}" in a value stands for the seed
     seeds: [0, 1, 2]
     jobs: 2                                   # trainings at a time
@@ -17,7 +17,7 @@ A campaign file names the runs:
       unimatch: {}
       random_text: {config: configs/camvid_23_hiervl.yaml, overrides: {MODEL.TEXT.ABLATION: random}}
 
-Ctrl-C ends all trainings. The same command goes on from their last checkpoints and skips what is finished.
+Ctrl-C ends all trainings. The same command resumes them from their last checkpoints and skips those that are finished.
 Each training uses one GPU. With several, the trainings are spread over them; CUDA_VISIBLE_DEVICES chooses some. The
 cores are shared out equally, unless OMP_NUM_THREADS says how many each training gets.
 
@@ -59,9 +59,9 @@ def run(args) -> int:
 
 
 def conclude(campaign: Campaign, runner: Runner) -> int:
-    """The tables, and what went wrong."""
+    """Write the tables and list what failed. Returns the exit status."""
     if runner.interrupted:
-        print("Stopped. The same command goes on from the last checkpoints; --collect-only compares what is finished.")
+        print("Stopped. The same command resumes from the last checkpoints; --collect-only compares what is finished.")
         return 128 + runner.interrupted
     check_folders(campaign, report.files(campaign))  # a config may have been edited in the meantime
     report.write(campaign)

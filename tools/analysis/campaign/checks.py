@@ -1,4 +1,4 @@
-"""Checks a campaign against the disk: what its trainings read, and what their folders already hold."""
+"""Checks what the trainings of a campaign need, and what their folders already contain."""
 
 import os
 
@@ -13,7 +13,7 @@ from hiervl.paths import find_file
 
 from .definition import Campaign, Training
 
-# May differ between a run and its definition, since they change no result.
+# Keys that may differ between a run and its definition, because they do not change results.
 FREE_KEYS = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
@@ -63,10 +63,10 @@ def check_folders(campaign: Campaign, files: list) -> OutputFolder:
     """Compare what the output folder holds with the definition.
 
     Args:
-        files: what is written into it, apart from the trainings.
+        files: the files that the campaign itself writes.
 
     Raises:
-        UserError: a folder holds a run of another definition, or something that is no run.
+        UserError: a folder contains a run with another definition, or files that are not from a run.
     """
     output = OutputFolder(campaign.output, f"output in {campaign.path}")
     output.check([*files, *(training.log for training in campaign.trainings)], [campaign.path])
@@ -80,12 +80,12 @@ def check_folders(campaign: Campaign, files: list) -> OutputFolder:
 
 
 def _check_same(training: Training, path: str, campaign: str):
-    """The trainer writes its whole config into its folder; it must be that of the definition."""
+    """Compare the config that the trainer wrote into its folder with the definition."""
     existing = load_config(path, [])
     for key in config_keys(training.cfg):
         expected, found = get(training.cfg, key), get(existing, key)
         if key not in FREE_KEYS and expected != found:
             raise UserError(
-                f"{training.folder}: holds a run with {key} {found!r}, but {campaign} says {expected!r}; choose "
+                f"{training.folder}: contains a run with {key} {found!r}, but {campaign} says {expected!r}; choose "
                 "another output, give the run another name, or delete the folder to train it anew."
             )

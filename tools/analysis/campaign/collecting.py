@@ -21,7 +21,8 @@ def collect(campaign: Campaign) -> dict:
         runs: {run: {"config", "overrides", "seeds": {seed: {model: {entry: mIoU}}}, "summary": {model: {entry:
             statistics}}}}
         differences: {run: {"unpaired": seeds that only one side has, "per_class": rows, model: {entry: statistics}}},
-            of every run but the baseline; statistics also have "seeds" {seed: difference} and "positive", how many
+            of every run except the baseline; the statistics also have "seeds" {seed: difference} and "positive", the
+            number of positive differences
         unfinished: [{"run", "seed", "iteration", "of"}]
     """
     finished = {training: load_results(training) for training in campaign.trainings if is_finished(training)}
@@ -43,7 +44,7 @@ def collect(campaign: Campaign) -> dict:
 
 
 def statistics(values: list) -> dict | None:
-    """None without values."""
+    """Mean, range and number of values; None if there are none."""
     if not values:
         return None
     return {
@@ -106,8 +107,8 @@ def _paired(results, baseline, paired, dataset, model, entry):
 
 
 def _per_class(results, baseline, paired, dataset):
-    """Rows {"class", "baseline", "run", "difference", "min", "max", "count"} of the teacher's last IoU, the greatest
-    gain first. A class counts on the seeds on which both sides have an IoU."""
+    """Rows {"class", "baseline", "run", "difference", "min", "max", "count"} of the teacher's last IoU, largest gain
+    first. Each class is averaged over the seeds for which both sides have an IoU."""
     sides = [
         (_metrics(baseline[seed], "last", dataset, MODELS[0]), _metrics(results[seed], "last", dataset, MODELS[0]))
         for seed in paired

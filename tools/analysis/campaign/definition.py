@@ -1,4 +1,4 @@
-"""Reads a campaign file and checks everything in it, so that no mistake shows up after hours of training."""
+"""Reads a campaign file and checks all of it, so that a mistake does not show up after hours of training."""
 
 import difflib
 import os
@@ -24,7 +24,7 @@ class Training:
 
     Attributes:
         config: path of the config file.
-        given: overrides {key: value} as the campaign file has them.
+        given: overrides {key: value} as in the campaign file, with "{seed}".
         overrides: flat list KEY VALUE ..., as on train_net.py's command line, with SEED and OUTPUT_DIR.
         cfg: the resulting config.
     """
@@ -62,7 +62,8 @@ class Campaign:
         output: folder of the tables; each training has its own folder in it.
         jobs: number of trainings at a time.
         baseline: name of the run that the others are compared with, "" for none.
-        trainings: all seeds of all runs, in the order in which they are started: pairs of a seed are soon complete.
+        trainings: all seeds of all runs, in the order in which they are started: seed by seed, so that pairs are
+            complete early.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Reads what a training has written into its folder: how far it is, and whether it is finished."""
+"""Reads from a training's folder how far it is, whether it is finished, and why it failed."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import re
 from .definition import Training
 
 _ERROR = re.compile(r"error: |[\w.]+(Error|Exception|Interrupt|Exit)\b")
-_TAIL = 65536  # bytes at the end of a log that are searched
+_TAIL = 65536  # bytes that are searched at the end of a file
 
 
 def load_results(training: Training) -> dict:
@@ -28,7 +28,7 @@ def last_iteration(training: Training, start: int = 0) -> int:
     """The last iteration in metrics.json, counting from 1; 0 before the first line.
 
     Args:
-        start: bytes to skip, which an interrupted run has written.
+        start: number of bytes to skip, written by an earlier, interrupted process.
     """
     for line in reversed(_tail(os.path.join(training.folder, "metrics.json"), start)):
         try:
@@ -39,7 +39,7 @@ def last_iteration(training: Training, start: int = 0) -> int:
 
 
 def last_error(training: Training, start: int = 0) -> str:
-    """The last line of the log that names an error, or else the last line that says anything."""
+    """The last line of the log that names an error, or else the last line that is not empty."""
     lines = [line.strip() for line in _tail(training.log, start) if line.strip()]
     named = [line for line in lines if _ERROR.match(line)]
     return (named or lines or ["nothing was printed"])[-1][:300]
@@ -51,7 +51,7 @@ def size(path: str) -> int:
 
 
 def drop_partial_line(path: str) -> None:
-    """Cut off what a killed training has left of its last line, so that the next one does not continue it."""
+    """Remove an incomplete last line, left by a killed training, so that the next line does not continue it."""
     if not os.path.exists(path):
         return
     with open(path, "rb+") as file:
@@ -60,7 +60,7 @@ def drop_partial_line(path: str) -> None:
 
 
 def _tail(path, start):
-    """The lines after byte `start`, of a long file only the last ones."""
+    """The lines after byte `start`; only the last ones if the file is long."""
     try:
         with open(path, "rb") as file:
             file.seek(max(start, size(path) - _TAIL))

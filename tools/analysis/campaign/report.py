@@ -1,4 +1,4 @@
-"""What is made of a campaign's results: tables in Markdown, and the learning curves."""
+"""Writes the results of a campaign: tables in Markdown and JSON, and the learning curves."""
 
 import json
 import os
@@ -19,7 +19,7 @@ COLUMNS = [(model, entry) for entry in ("last", "best") for model in MODELS]
 
 
 def files(campaign: Campaign) -> list[str]:
-    """What `write` writes."""
+    """Paths of the files that `write` writes."""
     return [os.path.join(campaign.output, name) for name in (TABLES, FACTS, CURVES)]
 
 
@@ -130,7 +130,7 @@ def _table(headers, rows):
 
 
 def learning_curves(campaign: Campaign) -> Figure | None:
-    """The teacher's mean over the finished seeds of each run, and a band from min to max; None without any."""
+    """The teacher's mean over the finished seeds of each run, and a band from min to max; None if none is finished."""
     curves, bands = [], []
     for place, run in enumerate(campaign.runs):
         runs = [

@@ -1,4 +1,4 @@
-"""Runs the trainings of a campaign as processes, some at a time, such that every one of them can be resumed."""
+"""Runs the trainings of a campaign as processes, several at a time; every one of them can be resumed."""
 
 import contextlib
 import os
@@ -31,12 +31,12 @@ def say(line: str) -> None:
 
 @dataclass
 class Job:
-    """A training in a process group of its own: Ctrl-C in a terminal reaches the campaign only, which ends them all.
+    """A training in a process group of its own: Ctrl-C reaches only the campaign, which then ends all trainings.
 
     Attributes:
-        slot: which of the places for trainings at a time it has.
-        log_start, metrics_start: sizes of its files before it was started.
-        signs: (iteration, time) of its first and last sign of progress.
+        slot: number from 0 to jobs - 1, different from those of the other running trainings.
+        log_start, metrics_start: sizes of campaign.log and metrics.json before it was started.
+        signs: (iteration, time) of the first and the last progress seen.
     """
 
     training: Training
@@ -50,18 +50,18 @@ class Job:
         return last_iteration(self.training, self.metrics_start)
 
     def state(self) -> str:
-        """What it is doing, for the line of progress; it also evaluates in between."""
+        """What it is doing, for the progress line."""
         done, total = self.iteration(), self.training.iterations
         return "starting" if not done else "evaluating" if done == total else f"{done}/{total}"
 
     def look(self) -> None:
-        """Remember the first and the last sign of progress, and when they came."""
+        """Update `signs`."""
         found = self.iteration()
         if found and (not self.signs or found > self.signs[-1][0]):
             self.signs = [*self.signs[:1], (found, time.monotonic())]
 
     def seconds_per_iteration(self) -> float | None:
-        """None before there are two signs of progress."""
+        """None until progress has been seen twice."""
         if len(self.signs) < 2:
             return None
         (first, start), (last, end) = self.signs
@@ -69,7 +69,7 @@ class Job:
 
 
 class Runner:
-    """Runs what is left of a campaign.
+    """Runs the unfinished trainings of a campaign.
 
     Args:
         lock: descriptor of the output folder's lock, see `one_at_a_time`.
@@ -91,7 +91,7 @@ class Runner:
         self._gpus = visible_gpus(campaign)
 
     def run(self) -> None:
-        """Returns when all trainings have ended, or a signal has ended them."""
+        """Returns when all trainings have ended by themselves or been ended by a signal."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._catch_signals())
             stack.callback(self._end_all)
@@ -118,7 +118,7 @@ class Runner:
         return f"{self.campaign.output}: {'; '.join(parts)}"
 
     def _fill_slots(self):
-        """Start trainings while there is room; returns how many."""
+        """Start trainings while there are free slots. Returns how many."""
         count = 0
         while self.waiting and len(self.running) < self.jobs and not self.interrupted:
             slot = min(set(range(self.jobs)) - {job.slot for job in self.running})
@@ -150,12 +150,12 @@ class Runner:
         return result
 
     def _collect_ended(self):
-        """Take note of the trainings that have ended; returns how many."""
+        """Record the trainings that have ended. Returns how many."""
         ended = [job for job in self.running if job.process.poll() is not None]
         for job in ended:
             self._note_pace(job)
             self.running.remove(job)
-            kill_group(job.process)  # workers that outlived it
+            kill_group(job.process)  # data workers may outlive it
             if reason := failure(job):
                 self.failures[job.training.label] = reason
                 self.say(f"{job.training.label} failed: {reason}")
@@ -166,7 +166,7 @@ class Runner:
             self._pace[job.training.run] = pace
 
     def progress(self) -> str:
-        """One line: counts, the iteration of each training that runs, and the time that is left."""
+        """One line: counts, the state of each running training, and the remaining time."""
         done = len(self.campaign.trainings) - len(self.waiting) - len(self.running) - len(self.failures)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         each = [f"{job.training.label} {job.state()}" for job in self.running]
@@ -178,9 +178,9 @@ class Runner:
         return "; ".join([line, *([", ".join(each)] if each else []), *([f"{duration(left)} left"] if left else [])])
 
     def seconds_left(self) -> float | None:
-        """An estimate, from the pace of each run; a run that has not been seen yet counts as the mean of the others.
+        """Estimated from the pace of each run; for a run without one, from the mean of the others.
 
-        None before any training has shown its pace.
+        None if no pace is known yet.
         """
         for job in self.running:
             self._note_pace(job)
@@ -193,7 +193,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _catch_signals(self):
-        """Signals are noted, and the loop ends by itself. One that is ignored (SIGHUP under nohup) stays so."""
+        """Make signals set `interrupted`, which ends the loop. Ignored signals (SIGHUP under nohup) stay ignored."""
 
         def note(number, frame):
             self.interrupted = number
@@ -209,7 +209,7 @@ class Runner:
                 signal.signal(number, before[number])
 
     def _end_all(self):
-        """End what still runs. Checkpoints and results are written as a whole or not at all, so nothing breaks."""
+        """End the running trainings. They write checkpoints and results atomically, so a kill damages nothing."""
         for job in self.running:
             signal_group(job.process, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE
@@ -221,13 +221,13 @@ class Runner:
 
 
 def command(training: Training) -> list[str]:
-    """`--resume` starts from the beginning where there is no checkpoint."""
+    """The command that starts or resumes a training: without a checkpoint, --resume starts from the beginning."""
     start = [sys.executable, "-W", "ignore", str(TRAIN_NET), "--config-file", training.config, "--resume"]
     return [*start, *training.overrides]
 
 
 def threads(jobs: int) -> int:
-    """Threads of each training, where OMP_NUM_THREADS does not say."""
+    """Threads of each training if OMP_NUM_THREADS is not set."""
     return max(1, cores() // jobs)
 
 
@@ -244,10 +244,10 @@ def visible_gpus(campaign: Campaign) -> list[str]:
 
 @contextlib.contextmanager
 def one_at_a_time(output: str):
-    """Yields the descriptor of a lock on the output folder, which processes that get it keep locked.
+    """Yields the descriptor of a lock on the output folder. Processes that inherit it keep the folder locked.
 
     Raises:
-        UserError: a campaign, or a training that a killed one has left behind, is at work there.
+        UserError: another campaign, or a training left behind by a killed one, is running there.
     """
     import fcntl  # not on Windows, where collecting works
 

@@ -1,4 +1,4 @@
-"""A campaign of two runs on a tiny data set, with a stand-in for train_net.py that takes milliseconds."""
+"""A campaign of two runs on a tiny dataset, with a stand-in for train_net.py that takes milliseconds."""
 
 import contextlib
 import json

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from hiervl.config import device
 from hiervl.errors import UserError
 from tools.analysis.campaign.checks import check_data, check_folders
 from tools.analysis.campaign.definition import read_campaign
@@ -24,11 +25,19 @@ def folders(campaign):
         ({"MODEL.TEXT.EMBEDDINGS": "none.npz"}, r"none.npz: no such file \(MODEL.TEXT.EMBEDDINGS\)"),
     ],
 )
-def test_what_the_trainings_read_is_looked_for(write, overrides, message):
+def test_what_the_trainings_need_is_looked_for(write, overrides, message):
     campaign = read_campaign(write(overrides={"DATASETS.SPLIT": "shapes/splits/seed0/4"} | overrides))
     with pytest.raises(UserError, match=message):
         check_data(campaign, campaign.trainings)
     check_data(campaign, [])  # of a finished training, nothing is needed any more
+
+
+def test_a_gpu_that_cannot_be_used(write, monkeypatch):
+    monkeypatch.setattr(device, "has_nvidia_gpu", lambda: True)
+    campaign = read_campaign(write())
+    campaign.trainings[0].cfg.MODEL.DEVICE = "cuda:99"
+    with pytest.raises(UserError, match="plain/seed_0: .*MODEL.DEVICE"):
+        check_data(campaign, campaign.trainings)
 
 
 def test_data_that_is_there(write):
@@ -43,7 +52,7 @@ def test_a_run_of_another_definition(write, make_results):
     folders(read_campaign(write()))
     folders(read_campaign(write(runs={"new": {}, "plain": {}})))
     overrides = {"DATASETS.SPLIT": "shapes/splits/seed0/4", "SOLVER.MAX_ITER": 7}
-    with pytest.raises(UserError, match="plain/seed_1: holds a run with SOLVER.MAX_ITER 6, but .* says 7; .*delete"):
+    with pytest.raises(UserError, match="plain/seed_1: contains a run with SOLVER.MAX_ITER 6, but .* says 7; .*delete"):
         folders(read_campaign(write(overrides=overrides)))
     overrides["SOLVER.MAX_ITER"] = 6
     folders(read_campaign(write(overrides=overrides | {"DATALOADER.NUM_WORKERS": 1, "SOLVER.LOG_PERIOD": 1})))
@@ -76,7 +85,7 @@ def test_a_training_that_ended_before_it_wrote_its_config(write):
 
 
 @pytest.mark.parametrize("name", ["comparison.md", "comparison.json", "curves.png"])
-def test_tables_of_another_hand(write, name):
+def test_tables_that_a_campaign_did_not_write(write, name):
     campaign = read_campaign(write())
     os.makedirs(campaign.output)
     with open(os.path.join(campaign.output, name), "w"):

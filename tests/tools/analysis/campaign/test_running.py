@@ -102,7 +102,7 @@ def test_an_interrupted_campaign_goes_on(write, stand_in, capsys, heard, number)
     thread = send(number, campaign, iteration=2)
     assert main([campaign.path]) == 128 + number
     thread.join()
-    assert "The same command goes on" in capsys.readouterr().out
+    assert "The same command resumes" in capsys.readouterr().out
     assert signal.getsignal(number) is signal.default_int_handler
     with running.one_at_a_time(campaign.output):  # so no training is left
         pass
@@ -239,7 +239,7 @@ def test_a_config_that_is_edited_while_the_campaign_runs(write, stand_in, capsys
 
     monkeypatch.setattr(running.Runner, "run", run)
     assert main([campaign.path]) == 2
-    assert "plain/seed_0: holds a run with" in capsys.readouterr().err
+    assert "plain/seed_0: contains a run with" in capsys.readouterr().err
 
 
 def test_the_real_trainer(write, capsys):
