@@ -108,9 +108,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return super().has_checkpoint() or bool(self._numbered())
 
     def _numbered(self) -> list[str]:
-        """Checkpoints that --resume can continue from, newest first; their numbers have leading zeros."""
+        """Checkpoints that --resume can continue from, last written first.
+
+        Not by number: a run that was prolonged has checkpoints after its model_final.
+        """
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
-        return [os.path.join(self.save_dir, name) for name in sorted(names, reverse=True) if _NUMBERED.fullmatch(name)]
+        paths = [os.path.join(self.save_dir, name) for name in sorted(names) if _NUMBERED.fullmatch(name)]
+        return sorted(paths, key=os.path.getmtime, reverse=True)
 
     def tag_last_checkpoint(self, last_filename_basename):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:

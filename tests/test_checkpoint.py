@@ -324,3 +324,13 @@ def test_a_disk_that_fills_up_during_a_save_is_one_line_and_keeps_the_old_file(t
     assert_one_line(error, "model_0000001.pth: cannot be written (")
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
     assert read_state(str(tmp_path / "model_0000001.pth"), "")["model"]["weight"].shape == (3, 3)
+
+
+def test_a_prolonged_run_falls_back_to_its_own_checkpoint_not_to_the_final_one_before(tmp_path):
+    checkpointer = make_checkpointer(tmp_path)
+    names = ["model_0000003", "model_final", "model_0000005", "model_0000007"]
+    for second, name in enumerate(names):
+        checkpointer.save(name)
+        os.utime(tmp_path / f"{name}.pth", (second, second))
+    (tmp_path / "model_0000007.pth").write_bytes(b"")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000005.pth")
