@@ -128,3 +128,13 @@ def pseudo_input(classes=4, share=0.5, teacher=False, **extra):
 def flatten_losses(losses):
     """{"labeled": {"loss_mask": ...}, "pseudo": ...} -> {"labeled/loss_mask": ..., "pseudo/loss_mask": ...}."""
     return {f"{kind}/{name}": value for kind, of_kind in losses.items() for name, value in of_kind.items()}
+
+
+def activations_and_gradients(backbone, image):
+    """Number of values that the forward pass keeps for the backward pass, and the gradients of all parameters."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        loss = sum(value.square().mean() for value in backbone(image).values())
+    backbone.zero_grad()
+    loss.backward()
+    return sum(kept), {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}

@@ -92,8 +92,19 @@ class TimmBackbone(Backbone):
         return {stage: outputs[i] for stage, i in self._stages.items()}
 
     def checkpoint_activations(self):
-        """Compute the activations of the blocks again in the backward pass instead of keeping them."""
-        getattr(self.body, "model", self.body).set_grad_checkpointing(True)  # a ViT is wrapped once more
+        """Compute the activations of the blocks again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: timm cannot do it for this model.
+        """
+        model = getattr(self.body, "model", self.body)  # a ViT is wrapped once more
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise UserError(
+                f"SOLVER.ACTIVATION_CHECKPOINTING: timm cannot do it for {type(model).__name__}; take backbone out of "
+                "the list."
+            ) from None
 
     def output_shape(self):
         return dict(self._shape)

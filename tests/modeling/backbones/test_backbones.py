@@ -14,6 +14,7 @@ from hiervl.modeling.backbones.frozen_norm import FrozenNormConv2d, NamedFrozenN
 from hiervl.config import load_config
 from hiervl.errors import UserError
 from tests.conftest import shared_file
+from tests.networks import activations_and_gradients
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -138,20 +139,25 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "resnet10t"])
 def test_checkpointing_activations_keeps_fewer_and_changes_no_gradient(name):
     torch.manual_seed(0)
-    backbone = TimmBackbone(name=name).eval()
-    image = torch.randn(2, 3, 64, 64)
-
-    def activations_and_gradients():
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            loss = sum(value.square().mean() for value in backbone(image).values())
-        backbone.zero_grad()
-        loss.backward()
-        return sum(kept), {key: p.grad.clone() for key, p in backbone.named_parameters()}
-
-    kept, expected = activations_and_gradients()
+    backbone, image = TimmBackbone(name=name).eval(), torch.randn(2, 3, 64, 64)
+    kept, expected = activations_and_gradients(backbone, image)
     backbone.checkpoint_activations()
-    kept_less, gradients = activations_and_gradients()
+    kept_less, gradients = activations_and_gradients(backbone, image)
     assert kept_less < 0.8 * kept
-    for key, value in expected.items():
-        torch.testing.assert_close(gradients[key], value, msg=key)
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("build_resnet_backbone", "has no blocks"), ("MobileNetV2", "has no blocks")]
+)
+def test_a_backbone_that_cannot_checkpoint_activations_is_refused(name, message):
+    cfg = load_config("", ["MODEL.BACKBONE.NAME", name, "SOLVER.ACTIVATION_CHECKPOINTING", ("backbone",)])
+    with pytest.raises(UserError, match=f"SOLVER.ACTIVATION_CHECKPOINTING: {name} {message}"):
+        build_backbone(cfg)
+
+
+def test_a_timm_model_that_cannot_checkpoint_activations_is_refused(monkeypatch):
+    backbone = TimmBackbone(name="test_vit")
+    monkeypatch.setattr(backbone.body, "model", nn.Identity())
+    with pytest.raises(UserError, match="SOLVER.ACTIVATION_CHECKPOINTING: timm cannot do it for Identity"):
+        backbone.checkpoint_activations()

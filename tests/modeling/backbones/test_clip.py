@@ -16,7 +16,7 @@ from hiervl.config import load_config
 from hiervl.errors import UserError
 from hiervl.modeling.pixel_decoder import PixelDecoder
 from hiervl.losses.regularizers import REGULARIZERS, Regularizers
-from tests.networks import DIM, make_network, pseudo_input, training_input
+from tests.networks import DIM, activations_and_gradients, make_network, pseudo_input, training_input
 
 EMBED = 24
 TOWERS = {
@@ -290,3 +290,18 @@ def test_unsupported_towers_are_refused():
         CLIPBackbone(open_clip.model.CLIP(EMBED, pooled, TEXT).visual, name="mine")
     with pytest.raises(UserError, match=r"\(Linear\) is not supported"):
         CLIPBackbone(nn.Linear(1, 1))
+
+
+def test_checkpointing_activations_of_a_vit_keeps_fewer_and_changes_no_gradient():
+    backbone, image = make_backbone("vit16"), torch.randn(2, 3, 64, 64)
+    kept, expected = activations_and_gradients(backbone, image)
+    backbone.checkpoint_activations()
+    kept_less, gradients = activations_and_gradients(backbone, image)
+    assert kept_less < 0.8 * kept and len(expected) > 10
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_towers_without_blocks_cannot_checkpoint_activations(name):
+    with pytest.raises(UserError, match="SOLVER.ACTIVATION_CHECKPOINTING: of CLIP's image towers only ViTs"):
+        make_backbone(name).checkpoint_activations()
