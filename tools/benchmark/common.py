@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def threads(number: int) -> Iterator[None]:
 
 def in_new_process(function: Callable, *arguments) -> object:
     """Run a function of a module in a fresh interpreter: what it allocates is not mixed with what was here."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    # Unlike a Pool, which would wait for ever, it fails if the process is killed, for example for lack of memory.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def resident(key: str) -> float:
