@@ -7,7 +7,7 @@ import torch
 
 from hiervl.errors import UserError
 from hiervl.losses.targets import TargetBuilder, build_targets
-from tests.waits import Waits
+from tools.gpu_check.waits import Waits
 
 
 def test_targets_among_kept_names():

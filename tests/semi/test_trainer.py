@@ -13,7 +13,7 @@ from hiervl.losses import points as points_module
 from hiervl.semi.trainer import SemiSupervisedTrainer, may_lack_gradients
 
 from tests.networks import flatten_losses, training_input
-from tests.waits import Waits
+from tools.gpu_check.waits import Waits
 
 
 def train(cfg, iterations=None, resume=False):

@@ -8,7 +8,7 @@ import torch
 
 from hiervl.utils.label_maps import connected_components, near_boundary, region_areas
 
-from tests.waits import Waits
+from tools.gpu_check.waits import Waits
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

@@ -15,6 +15,7 @@ import torch
 
 from . import shapes_run
 from .findings import ROOT, Findings, Settings
+from .waits import Waits
 
 _MESSAGE = "synchronizing CUDA operation"
 
@@ -86,7 +87,6 @@ def our_place() -> str:
 @contextlib.contextmanager
 def cpu_waits() -> Iterator[list[str]]:
     """The same for operations that would wait, as the tests count them."""
-    from tests.waits import Waits  # a tool of the tests: only this sanity check needs it
 
     with Waits() as waits:
         yield waits.places
